@@ -1,0 +1,160 @@
+"""Settings of the Celery app, and its topology in RabbitMQ: exchanges, queues and bindings.
+
+Celery takes every lower-case name below that it knows as a setting. Each one that is not Celery's
+default says what goes wrong without it. Variables are read from the environment and, where it is
+silent, from the file `.env` beside this one; `.env.example` lists them.
+
+Settings: https://docs.celeryq.dev/en/stable/userguide/configuration.html
+Queue arguments: https://www.rabbitmq.com/docs/queues#optional-arguments
+"""
+
+import os
+import sys
+from pathlib import Path
+from typing import Any, NoReturn
+from urllib.parse import quote, urlsplit
+
+from dotenv import load_dotenv
+from dotenv.parser import parse_stream
+from kombu import Exchange, Queue
+
+
+def stop(cause: str, cure: str) -> NoReturn:
+    """Print what is wrong around the program and its cure, two lines on stderr; exit status 2."""
+    print(f"{cause}\nCure: {cure}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def read_env_file(path: Path) -> None:
+    """Copy the variables of a `.env` file to the environment, which keeps what it has already."""
+    try:
+        with path.open(encoding="utf-8") as file:
+            broken = [str(binding.original.line) for binding in parse_stream(file) if binding.error]
+    except FileNotFoundError:
+        return
+    except (OSError, UnicodeDecodeError) as error:
+        stop(f"{path} can't be read: {error}", "compare it with .env.example, or remove it")
+    if broken:
+        stop(f"{path}, line {', '.join(broken)}: not NAME=value", "compare it with .env.example")
+    load_dotenv(path)
+
+
+def checked_url(variable: str, url: str) -> str:
+    """Return the broker URL (several with ";" between them); stop at one that Celery can't use."""
+    cure = f"set {variable} as .env.example shows, with %XX for a special sign in a password"
+    for part in url.split(";"):
+        try:
+            scheme, _port = urlsplit(part).scheme, urlsplit(part).port
+        except ValueError:  # its text may quote a piece of the password
+            stop(f"{variable}: the port is no number from 0 to 65535", cure)
+        if scheme not in ("amqp", "amqps", "memory"):
+            stop(f"{variable}: the URL does not start with amqp:// or amqps://", cure)
+    return url
+
+
+read_env_file(Path(__file__).with_name(".env"))
+
+# --- The broker and the result backend ----------------------------------------------------------
+_user, _password = (
+    quote(os.environ.get(name) or "guest", safe="") for name in ("RABBITMQ_USER", "RABBITMQ_PASSWORD")
+)
+_host = os.environ.get("RABBITMQ_HOST") or "127.0.0.1"
+_port = os.environ.get("RABBITMQ_PORT") or "5672"
+if os.environ.get("CELERY_BROKER_URL"):
+    broker_url = checked_url("CELERY_BROKER_URL", os.environ["CELERY_BROKER_URL"])
+else:
+    broker_url = checked_url("RABBITMQ_PORT", f"amqp://{_user}:{_password}@{_host}:{_port}//")
+
+# Results come back as messages to the process that asked for them. There are no chords with rpc://.
+# https://docs.celeryq.dev/en/stable/userguide/tasks.html#rpc-result-backend-rabbitmq-qpid
+result_backend = os.environ.get("CELERY_RESULT_BACKEND") or "rpc://"
+# A caller that dies leaves its results behind; without this for a day. Seconds.
+result_expires = 3600
+
+# --- Exchanges and queues -----------------------------------------------------------------------
+# Without an alternate exchange RabbitMQ confirms, and drops, a message that no binding matches.
+# https://www.rabbitmq.com/docs/ae
+unrouted = Queue("unrouted", Exchange("unrouted", "fanout"), queue_arguments={"x-queue-type": "quorum"})
+# Without a dead-letter exchange failed work vanishes. https://www.rabbitmq.com/docs/dlx
+# Without the limit, from RabbitMQ 4.0 on, a dead letter that was looked at 20 times is gone.
+dead_letters = Queue(
+    "dead-letters",
+    Exchange("dead-letters", "fanout"),
+    queue_arguments={"x-queue-type": "quorum", "x-delivery-limit": 1_000_000},
+)
+# A topic exchange, since a countdown on a direct one would hold a slot of the worker all the while.
+# https://docs.celeryq.dev/en/stable/getting-started/backends-and-brokers/rabbitmq.html#native-delayed-delivery
+_tasks = Exchange("tasks", "topic", arguments={"alternate-exchange": unrouted.exchange.name})
+
+
+def _queue(name: str, **arguments: Any) -> Queue:
+    """Describe a work queue. A name has no dots: `low` would take the delayed tasks of `a.low`."""
+    arguments |= {"x-dead-letter-exchange": dead_letters.exchange.name, "x-overflow": "reject-publish"}
+    return Queue(name, _tasks, routing_key=name, queue_arguments=arguments)
+
+
+# Of a task that kills its process, a worker tells the caller at this many deliveries (SafeTask) …
+poison_limit = 3
+# … and RabbitMQ stops it at this many even if no worker can. Without: an endless crash loop.
+_delivery_limit = poison_limit + 2
+
+task_queues = [
+    # Quorum queues live on several nodes of a cluster: without, one dead node loses the queue.
+    # "at-least-once": without, a dead letter on its way can be lost.
+    # https://www.rabbitmq.com/docs/quorum-queues
+    _queue(
+        "default",
+        **{"x-queue-type": "quorum", "x-delivery-limit": _delivery_limit},
+        **{"x-dead-letter-strategy": "at-least-once"},
+    ),
+    # Classic, since quorum queues know priorities from RabbitMQ 4.3 on only: urgent work would wait.
+    # https://www.rabbitmq.com/docs/priority
+    _queue("priority", **{"x-queue-type": "classic", "x-max-priority": 9}),
+]
+task_default_queue = task_default_routing_key = "default"
+task_default_exchange, task_default_exchange_type = _tasks.name, _tasks.type
+# By queue name only: routed by routing key, a task with a countdown raises KeyError.
+task_routes = {"tasks.serve_customer": {"queue": "priority"}}
+# Without: a misspelt queue name makes a queue that nobody consumes.
+task_create_missing_queues = False
+
+# --- Publishing ---------------------------------------------------------------------------------
+broker_transport_options = {
+    "confirm_publish": True,  # without: messages under way are lost when a connection drops
+    "read_timeout": 10,  # seconds; without: while RabbitMQ blocks publishers, they hang for ever
+    "write_timeout": 10,
+}
+# Without: a web request hangs while RabbitMQ is down. Seconds.
+task_publish_retry_policy = {"max_retries": 3, "interval_start": 0.2, "interval_step": 0.5, "interval_max": 1}
+# Unpickling a message runs what its author wrote into it: JSON only (Celery's default, kept in sight).
+accept_content = ["json"]
+
+# --- Consuming ----------------------------------------------------------------------------------
+# A task is acknowledged after it ran: without, a killed process takes its task along.
+task_acks_late = task_reject_on_worker_lost = True
+# A failed task becomes a dead letter …
+task_acks_on_failure = False
+# … but not one over its hard time limit, which would be requeued, for ever.
+task_acks_on_timeout = True
+# Without: one worker hoards what another could run, and urgent work waits behind it.
+worker_prefetch_multiplier = 1
+# Without: after a lost connection a task runs twice at once.
+worker_cancel_long_running_tasks_on_connection_loss = True
+# Without: Celery's consumer acknowledges, and so loses, a message that is not JSON.
+worker_consumer = "tasks:SafeConsumer"
+# Without: a quick stop throws back work that was almost done. Seconds.
+worker_soft_shutdown_timeout = 10
+# Without: a worker that starts before RabbitMQ exits.
+broker_connection_retry_on_startup = True
+# Without: a worker exits when RabbitMQ closes a channel, as it does with a task of over 30 minutes.
+broker_channel_error_retry = True
+# Without: a worker notices a dead RabbitMQ after four minutes. Seconds.
+broker_heartbeat = 30
+# Without: a second worker of the same name, or a restart after a cut connection, exits with 405.
+control_queue_exclusive, control_queue_durable = False, True
+
+# --- Periodic tasks, published by `celery -A tasks beat` ----------------------------------------
+# "expires": without, they pile up while no worker runs. Both in seconds.
+beat_schedule = {
+    "report stock": {"task": "tasks.report_stock", "schedule": 10.0, "options": {"expires": 10.0}}
+}
