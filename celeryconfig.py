@@ -41,7 +41,7 @@ def read_env_file(path: Path) -> None:
 
 def checked_url(variable: str, url: str) -> str:
     """Return the broker URL (several with ";" between them); stop at one that Celery can't use."""
-    cure = f"set {variable} as .env.example shows, with %XX for a special sign in a password"
+    cure = f"correct {variable} as .env.example shows"
     for part in url.split(";"):
         try:
             scheme, _port = urlsplit(part).scheme, urlsplit(part).port
@@ -119,13 +119,14 @@ task_routes = {"tasks.serve_customer": {"queue": "priority"}}
 task_create_missing_queues = False
 
 # --- Publishing ---------------------------------------------------------------------------------
+# Without: a web request hangs while RabbitMQ is down. Seconds.
+task_publish_retry_policy = {"max_retries": 3, "interval_start": 0.2, "interval_step": 0.5, "interval_max": 1}
 broker_transport_options = {
+    **task_publish_retry_policy,  # without: a caller who waits for a result goes on for minutes
     "confirm_publish": True,  # without: messages under way are lost when a connection drops
     "read_timeout": 10,  # seconds; without: while RabbitMQ blocks publishers, they hang for ever
     "write_timeout": 10,
 }
-# Without: a web request hangs while RabbitMQ is down. Seconds.
-task_publish_retry_policy = {"max_retries": 3, "interval_start": 0.2, "interval_step": 0.5, "interval_max": 1}
 # Unpickling a message runs what its author wrote into it: JSON only (Celery's default, kept in sight).
 accept_content = ["json"]
 

@@ -4,9 +4,9 @@
     $ python run_tasks.py retries crash     these two
     $ python run_tasks.py words README.md   count the words of your own files and folders
 
-It uses the RabbitMQ of `.env` and the workers that answer there; it starts a worker where none
-does; and where there is no RabbitMQ, it runs both inside this process. A lesson that did not see
-what it teaches fails, and so does the run (exit status 1).
+It uses the RabbitMQ of `.env` and the workers that answer there. It starts a worker where none does,
+and where there is no RabbitMQ, it runs both inside this process. A lesson that did not see what it
+teaches fails, and so does the run.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import click
-from amqp import AccessRefused, NotAllowed, PreconditionFailed
+from amqp import AccessRefused, AMQPError, NotAllowed, PreconditionFailed
 from celery import chord, group
 from celery.contrib.testing.worker import start_worker
 from celery.exceptions import ImproperlyConfigured
@@ -42,29 +42,47 @@ from celeryconfig import stop
 from tasks import app
 
 HERE = Path(__file__).parent
-TIMEOUT = 30  # seconds that a lesson waits for an answer
-WORKERS: dict[str, Any] = {}  # what each worker node said of itself at the start, by its name
+TIMEOUT = 30  # seconds that a lesson waits for one answer
+WORKERS: dict[str, Any] = {}  # what each worker node said of itself when it was found, by its name
 FOREVER = contextlib.ExitStack()  # never closed: it holds the embedded worker until the process ends
-# Faults of the surroundings: they end the run, not only the lesson.
-FAULTS = (PreconditionFailed, NoAnswer, OperationalError, OSError, ImproperlyConfigured)
+# What may be wrong around a lesson: it ends the run, with a line on it and one on its cure.
+FAULTS: dict[type[Exception], tuple[str, str]] = {
+    PreconditionFailed: ("RabbitMQ has a queue with other arguments", tasks.INEQUIVALENT_CURE),
+    NoAnswer: (f"No worker answered in {TIMEOUT} s", "read the worker's log; it must run this tasks.py"),
+    ImproperlyConfigured: ("A setting is wrong", "compare .env with .env.example"),
+    ImportError: ("A setting asks for a package that is not there", "correct CELERY_RESULT_BACKEND"),
+    OperationalError: ("The connection to RabbitMQ failed", "docker compose ps, or rabbitmqctl status"),
+    OSError: ("The connection to RabbitMQ failed", "docker compose ps, or rabbitmqctl status"),
+    click.ClickException: ("The command line is wrong", "python run_tasks.py --help"),
+}
 Rows = list[dict[str, Any]]
 
 
-class NotSeen(Exception):
-    """A lesson did not see what it teaches, but this."""
+class NotSeenError(Exception):
+    """A lesson did not see what it teaches: what it saw instead."""
 
 
 # --- What the lessons are made of ---------------------------------------------------------------
+def is_embedded() -> bool:
+    """Tell whether the broker is kombu's memory:// in this process."""
+    return os.environ.get("CELERY_BROKER_URL") == "memory://"
+
+
+def is_prefork() -> bool:
+    """Tell whether every worker node runs its tasks in processes, of which one can be lost."""
+    return all("prefork" in node["pool"]["implementation"] for node in WORKERS.values())
+
+
 NEEDS: dict[str, tuple[Callable[[], bool], str]] = {
     "rabbitmq": (lambda: not is_embedded(), "only RabbitMQ can: docker compose up -d --wait"),
-    "rpc": (lambda: "rpc" in str(app.conf.result_backend), "no states come: CELERY_RESULT_BACKEND=rpc://"),
-    "prefork": (lambda: is_prefork(), "it would kill the worker: celery -A tasks worker --pool prefork"),
+    "prefork": (is_prefork, "it would kill the worker: celery -A tasks worker --pool prefork"),
+    "rpc": (lambda: app.backend.as_uri() == "rpc://", "no states come without CELERY_RESULT_BACKEND=rpc://"),
 }
 LESSONS: dict[str, tuple[Callable[..., Rows], tuple[str, ...]]] = {}
 
 
 def lesson(*needs: str) -> Callable[[Callable[..., Rows]], Callable[..., Rows]]:
-    """Add a lesson: its docstring is the sentence above the rows of results that it returns."""
+    """Add a lesson: its docstring is the sentence above the rows that it returns."""
 
     def add(function: Callable[..., Rows]) -> Callable[..., Rows]:
         LESSONS[function.__name__] = function, needs
@@ -74,19 +92,9 @@ def lesson(*needs: str) -> Callable[[Callable[..., Rows]], Callable[..., Rows]]:
 
 
 def check(as_taught: bool, saw: object) -> None:
-    """Raise NotSeen, with what the lesson saw, unless it saw what it teaches."""
+    """Raise NotSeenError with what the lesson saw, unless it saw what it teaches."""
     if not as_taught:
-        raise NotSeen(f"it saw {saw}")
-
-
-def is_embedded() -> bool:
-    """Tell whether the broker is kombu's memory:// in this process."""
-    return os.environ.get("CELERY_BROKER_URL") == "memory://"
-
-
-def is_prefork() -> bool:
-    """Tell whether every worker node runs tasks in processes, of which one can be lost."""
-    return all("prefork" in node["pool"]["implementation"] for node in WORKERS.values())
+        raise NotSeenError(f"it saw {saw}")
 
 
 def slots() -> int:
@@ -95,12 +103,12 @@ def slots() -> int:
 
 
 def inspect() -> Any:
-    """Return Celery's remote control, which waits a second for answers, or until all nodes have answered."""
+    """Return Celery's `inspect`, which waits until all nodes have answered, or a second."""
     return app.control.inspect(timeout=1, limit=len(WORKERS) or None)
 
 
 def bar(steps: Any, label: str) -> Any:
-    """Show a progress bar over an iterable, or a number of steps, on stderr: a line if that is no terminal."""
+    """Show a progress bar on stderr, over an iterable or a number of steps; no terminal, no bar."""
     kind = "length" if isinstance(steps, int) else "iterable"
     return click.progressbar(**{kind: steps}, label=f"  {label}", file=sys.stderr, show_eta=False)
 
@@ -112,7 +120,7 @@ def collect(results: list[AsyncResult[Any]], label: str) -> list[Any]:
 
 
 def watch(result: AsyncResult[Any], steps: int, label: str) -> list[tuple[float, str, Any]]:
-    """Wait for a result, and return the states on the way: the seconds until each, its name and content."""
+    """Wait for a result, and return each state on its way: seconds until it came, name, content."""
     started, states = time.monotonic(), []
     with bar(steps, label) as waiting:
 
@@ -125,30 +133,32 @@ def watch(result: AsyncResult[Any], steps: int, label: str) -> list[tuple[float,
     return states
 
 
-def depth(queue: str) -> int:
-    """Return how many messages wait in a queue."""
+def error_of(result: AsyncResult[Any]) -> dict[str, str]:
+    """Return name and text of the exception that a task ends with. Raises NotSeenError without one."""
+    result.get(timeout=TIMEOUT, propagate=False)
+    check(isinstance(result.result, Exception), f"{result.result}, and no error")
+    return {"error": type(result.result).__name__, "message": str(result.result)}
+
+
+@contextlib.contextmanager
+def dead_letter(task_id: str) -> Iterator[Any]:
+    """Give the dead letter of a task, and its history. All that is not acknowledged goes back after it."""
     with app.connection_for_write() as connection, connection.channel() as channel:
-        return int(channel.queue_declare(queue, passive=True).message_count)
+        queue, deadline = celeryconfig.dead_letters(channel), time.monotonic() + TIMEOUT
+        while not (letter := queue.get()) or letter.headers.get("id") != task_id:
+            check(time.monotonic() < deadline, f"no dead letter of task {task_id}")
+            if not letter:
+                time.sleep(0.05)  # it is on its way
+        yield letter, letter.headers["x-death"][0]
 
 
-def dead_letter(channel: Any, task_id: str) -> Message:
-    """Return the dead letter of a task, not acknowledged; the others go back when the channel closes."""
-    deadline = time.monotonic() + TIMEOUT
-    while time.monotonic() < deadline:
-        letter = celeryconfig.dead_letters(channel).get()
-        if letter is None:
-            time.sleep(0.05)  # it is still on its way
-        elif letter.headers.get("id") == task_id:
-            return letter
-    raise NotSeen(f"no dead letter of task {task_id}")
-
-
-def replay(channel: Any, letter: Message) -> None:
+def replay(letter: Message) -> None:
     """Publish a dead letter to the queue it came from; acknowledge it once RabbitMQ has confirmed that."""
-    properties = {name: value for name, value in letter.properties.items() if name != "application_headers"}
     headers = {name: value for name, value in letter.headers.items() if not name.startswith("x-")}
-    queue = letter.headers["x-first-death-queue"]
-    app.amqp.Producer(channel).publish(letter.body, routing_key=queue, headers=headers, **properties)
+    properties: dict[str, Any] = {**letter.properties, "routing_key": letter.headers["x-first-death-queue"]}
+    del properties["application_headers"]
+    channel: Any = letter.channel
+    app.amqp.Producer(channel).publish(letter.body, headers=headers, **properties)
     letter.ack()
 
 
@@ -164,33 +174,37 @@ def text_files(paths: Iterable[Path], skip: Callable[[OSError], None]) -> Iterat
 
 
 def pieces(path: Path) -> Iterator[str]:
-    """Yield a file's text in pieces of at most 16,000 signs (so 64,000 bytes), cut at white space.
+    """Yield the text of a file in pieces of at most 16,000 signs, cut at white space.
 
-    What is not UTF-8 becomes U+FFFD. Raises OSError, and ValueError for a file without text.
+    What is not UTF-8 becomes U+FFFD. Raises OSError, and ValueError for what is no text.
     """
     if not path.is_file():
         raise ValueError("no regular file")
     with path.open("rb") as file:
-        if b"\0" in file.read(8000):  # as git has it
+        if b"\0" in file.read(8000):  # as git tells text from other files
             raise ValueError("binary")
     with path.open(encoding="utf-8", errors="replace") as text:
         while piece := text.read(15_000):
-            while len(piece) <= 16_000 and not (sign := text.read(1)).isspace() and sign:
+            while (sign := text.read(1)) and not sign.isspace():
                 piece += sign
-            if len(piece) > 16_000:
-                raise ValueError("from a word of more than 1,000 signs on")
+                if len(piece) > 16_000:
+                    raise ValueError("counted only as far as a word of more than 1,000 signs")
             yield piece
 
 
-def parcels(texts: Iterable[str]) -> Iterator[str]:
-    """Put small texts together, up to 16,000 signs."""
-    parcel: list[str] = []
-    for text in texts:
-        if sum(map(len, parcel)) + len(parcel) + len(text) > 16_000:
-            yield "\n".join(parcel)
-            parcel = []
-        parcel.append(text)
-    yield "\n".join(parcel)
+def messages(files: Iterable[Path], skip: Callable[[Path, Exception], None]) -> Iterator[str]:
+    """Yield the text of all files, in as few messages as their limit of 16,000 signs (64 kB) allows."""
+    message = ""
+    for path in files:
+        try:
+            for piece in pieces(path):
+                if len(message) + len(piece) > 16_000:
+                    yield message
+                    message = ""
+                message += piece + "\n"
+        except (OSError, ValueError) as error:
+            skip(path, error)
+    yield message
 
 
 # --- The lessons --------------------------------------------------------------------------------
@@ -220,55 +234,49 @@ def parallel() -> Rows:
     collect([email.delay() for email in emails], "8 e-mails at once")
     at_once = time.perf_counter() - started - one_by_one
     ideal = len(emails) / math.ceil(len(emails) / slots())
-    rows: Rows = [{"slots": slots(), "one after another, s": one_by_one, "at once, s": at_once}]
-    rows[0] |= {"speed-up": one_by_one / at_once, "ideal": ideal, "share": one_by_one / at_once / ideal}
-    check(rows[0]["share"] >= 0.85, rows)
-    return rows
+    row = {"one after another, s": one_by_one, "at once, s": at_once, "speed-up": one_by_one / at_once}
+    row |= {"slots": slots(), "ideal": ideal, "share of it": row["speed-up"] / ideal}
+    check(row["share of it"] >= 0.85, row)
+    return [row]
 
 
 @lesson()
 def words(*paths: Path) -> Rows:
     """A large input is cut into messages of a bounded size, counted by many workers, and merged."""
-    skipped: Rows = []
-    counted: Counter[str] = Counter()
-    sent = size = 0
+    skipped: dict[str, str] = {}
 
     def skip(path: object, error: Exception) -> None:
-        skipped.append({"skipped": str(path), "why": getattr(error, "strerror", None) or str(error)})
-
-    def texts(waiting: Iterable[Path]) -> Iterator[str]:
-        for path in waiting:
-            try:
-                yield from pieces(path)
-            except (OSError, ValueError) as error:
-                skip(path, error)
+        skipped[str(path)] = str(getattr(error, "strerror", None) or error)
 
     own_text = [HERE / "README.md", *sorted(HERE.glob("*.py"))]
     files = list(text_files(paths or own_text, lambda error: skip(error.filename, error)))
+    counted: Counter[str] = Counter()
+    sent = size = 0
     with bar(files, f"{len(files)} files") as waiting:
-        messages = parcels(texts(waiting))
-        while batch := list(islice(messages, 32)):  # so that few messages are on their way at a time
+        texts = messages(waiting, skip)
+        while batch := list(islice(texts, 32)):  # no more than that is under way at a time
             for counts in [tasks.count_words.delay(text) for text in batch]:
                 counted.update(counts.get(timeout=TIMEOUT))
             sent, size = sent + len(batch), size + sum(len(text.encode()) for text in batch)
-    check(bool(counted), f"no words in {len(files)} files")
+    check(bool(counted), f"no words in {len(files)} files; skipped: {skipped}")
     rows: Rows = [{"word": word, "count": count} for word, count in counted.most_common(5)]
-    return [*rows, {"files": len(files), "tasks": sent, "bytes": size, "words": counted.total()}, *skipped]
+    rows += [{"files": len(files), "tasks": sent, "bytes": size, "words": counted.total()}]
+    return [*rows, *({"skipped": path, "why": why} for path, why in skipped.items())]
 
 
 @lesson()
 def workflows() -> Rows:
     """Tasks make workflows: a chain hands results on, a group runs at once, a chord waits for its group."""
     prices = [1000, 2500, 4000]
-    chain = tasks.total.s(prices) | tasks.add_tax.s() | tasks.receipt.s()
-    with_tax = group(tasks.add_tax.s(price) for price in prices)
+    chain: Any = tasks.total.s(prices) | tasks.add_tax.s() | tasks.receipt.s()
+    with_tax: Any = group(tasks.add_tax.s(price) for price in prices)
     results = [chain.delay().get(timeout=TIMEOUT), with_tax.delay().get(timeout=TIMEOUT)]
     try:
         results += [chord(with_tax)(tasks.total.s()).get(timeout=TIMEOUT)]
     except NotImplementedError:
-        results += ["rpc:// has none; a line of .env that has: CELERY_RESULT_BACKEND=file:///some/folder"]
+        results += ["not with rpc://, but with CELERY_RESULT_BACKEND=file:///some/folder in .env"]
     check(results[:2] == ["You paid 90.00 EUR", [1200, 3000, 4800]], results)
-    check(results[2] == 9000 or "rpc" in str(app.conf.result_backend), results)
+    check(results[2] == 9000 or app.backend.as_uri() == "rpc://", results)
     return [{"workflow": w, "result": r} for w, r in zip(("chain", "group", "chord"), results, strict=True)]
 
 
@@ -277,22 +285,21 @@ def progress() -> Rows:
     """A running task can tell how far it is, in a state of its own."""
     states = watch(tasks.pack_order.delay(6), 7, "packing 6 items")
     check([content["packed"] for *_, content in states[:-1]] == [1, 2, 3, 4, 5, 6], states)
-    return [{"s": at, "state": state, "content": str(content)} for at, state, content in states]
+    return [{"after, s": at, "state": state, "content": str(content)} for at, state, content in states]
 
 
 @lesson("rpc")
 def retries() -> Rows:
-    """A task that fails in passing is tried again: the longest delay doubles, and chance picks one below."""
-    task, before, rows = tasks.charge_card, 0.0, []
+    """A task that fails in passing is tried again, later each time, by a delay that chance shortens."""
+    task: Any = tasks.charge_card
+    before, rows = 0.0, []
     for number, (at, state, content) in enumerate(watch(task.delay("order 7"), 4, "a busy gateway"), 1):
         longest = min(task.retry_backoff * 2 ** (number - 2), task.retry_backoff_max) if number > 1 else 0
-        error = content["exc_message"][0] if state == "RETRY" else ""
-        rows += [
-            {"attempt": number, "waited, s": at - before, "at most": longest, "state": state, "error": error}
-        ]
+        row = {"attempt": number, "waited, s": at - before, "at most": longest, "state": state}
+        rows += [{**row, "error": content["exc_message"][0] if state == "RETRY" else ""}]
+        check(at - before < longest + 1.5, rows)
         before = at
     check([row["state"] for row in rows] == ["RETRY", "RETRY", "RETRY", "SUCCESS"], rows)
-    check(all(row["waited, s"] < row["at most"] + 1.5 for row in rows), rows)
     return rows
 
 
@@ -300,26 +307,18 @@ def retries() -> Rows:
 def schedule() -> Rows:
     """A task can run later, or at a time, or not at all if it is too late by then."""
     started = time.time()
-    later = tasks.remind.apply_async(("Ada",), countdown=1)
-    at_a_time = tasks.remind.apply_async(("Ada",), eta=app.now() + timedelta(seconds=2))
-    too_late = tasks.remind.apply_async(("Ada",), countdown=2, expires=1)
-    ran = [at - started for at in collect([later, at_a_time], "2 reminders")]
-    asked = {"countdown=1": 1, "eta=now + 2 s": 2}
+    countdown = tasks.remind.apply_async(("Ada",), countdown=1)
+    eta = tasks.remind.apply_async(("Ada",), eta=app.now() + timedelta(seconds=2))
+    expired = tasks.remind.apply_async(("Ada",), countdown=2, expires=1)
+    ran = [at - started for at in collect([countdown, eta], "2 reminders")]
     rows: Rows = [
-        {"asked for": what, "ran after, s": after, "late by, s": after - seconds}
-        for (what, seconds), after in zip(asked.items(), ran, strict=True)
+        {"asked for": "countdown=1", "ran after, s": ran[0], "late by, s": ran[0] - 1},
+        {"asked for": "eta=now + 2 s", "ran after, s": ran[1], "late by, s": ran[1] - 2},
     ]
     check(all(0 <= row["late by, s"] < 1.5 for row in rows), rows)
-    never = error_of(too_late)
+    never = error_of(expired)
     check(never["error"] == "TaskRevokedError", never)
-    return [*rows, {"asked for": "countdown=2, expires=1", "ran after, s": f"never: {never['message']}"}]
-
-
-def error_of(result: AsyncResult[Any]) -> dict[str, str]:
-    """Return the name and the text of the exception that a task ends with. Raises NotSeen without one."""
-    result.get(timeout=TIMEOUT, propagate=False)
-    check(isinstance(result.result, Exception), f"{result.result}, and no error")
-    return {"error": type(result.result).__name__, "message": str(result.result)}
+    return [*rows, {"asked for": "countdown=2, expires=1", "ran": "never", "why": never["message"]}]
 
 
 @lesson()
@@ -332,41 +331,36 @@ def failures() -> Rows:
         tasks.add.delay(1)
     except TypeError as error:  # before anything is published
         rows += [{"failure": "an argument too few", "error": "TypeError", "message": str(error)}]
-    check(len(rows) == 2, "a call with an argument too few")
+    check(len(rows) == 2, "no error of a call without an argument")
     if is_embedded() or not is_prefork():
-        return [*rows, {"not shown": "time limits and dead letters need RabbitMQ, and --pool prefork"}]
+        return [*rows, {"not shown here": "time limits and dead letters need RabbitMQ and --pool prefork"}]
     label = tasks.draw_label.delay(5)
     rows += [{"failure": "over its soft time limit", **error_of(label)}]
     rows += [{"failure": "over its hard time limit", **error_of(tasks.draw_stubborn_label.delay(5))}]
-    with app.connection_for_write() as connection, connection.channel() as channel:
-        dead_letter(channel, label.id).ack()
-    with app.connection_for_write() as connection, connection.channel() as channel:
-        letter = dead_letter(channel, shipped.id)
-        death = letter.headers["x-death"][0]
+    with dead_letter(label.id) as (letter, _):
+        letter.ack()
+    with dead_letter(shipped.id) as (letter, death):
         age = (app.now().replace(tzinfo=None) - death["time"]).total_seconds()
-        replay(channel, letter)
+        replay(letter)
     value = app.AsyncResult(shipped.id).get(timeout=TIMEOUT)
     check(value == "lamp: shipped", value)
-    return [*rows, {"dead letter": shipped.id, "reason": death["reason"], "age, s": age, "replayed": value}]
+    return [*rows, {"dead letter": "ship", "reason": death["reason"], "age, s": age, "replayed": value}]
 
 
 @lesson("rabbitmq")
 def priorities() -> Rows:
     """Urgent work overtakes a backlog, in a queue that knows priorities."""
     backlog = max(24, 8 * slots())
-    seconds = 0.5 + backlog / 100  # every slot is taken for as long as it takes to publish the backlog
+    seconds = 0.5 + backlog / 100  # every slot is taken for as long as publishing the backlog takes
     for _ in range(slots()):
         tasks.send_email.apply_async(("slow@example.com", seconds), queue="priority", ignore_result=True)
-    customers = [0] * backlog + [9] * 4
-    results = [tasks.serve_customer.apply_async((f"customer {p}",), priority=p) for p in customers]
+    customers = [("customer", 0)] * backlog + [("urgent customer", 9)] * 4
+    results = [tasks.serve_customer.apply_async((name,), priority=value) for name, value in customers]
     done = collect(results, f"{backlog} customers, then 4 urgent ones")
     rows: Rows = [
-        {
-            "urgent customer queued as": n,
-            "done as": sorted(done).index(at) + 1,
-            "overtook": sum(t > at for t in done[:backlog]),
-        }
-        for n, at in enumerate(done[backlog:], backlog + 1)
+        {"urgent": f"queued as {place}", "done as": sorted(done).index(at) + 1, "overtook": overtook}
+        for place, at in enumerate(done[backlog:], backlog + 1)
+        if (overtook := sum(other > at for other in done[:backlog])) >= 0
     ]
     check(all(row["overtook"] >= 0.75 * backlog for row in rows), rows)
     return rows
@@ -377,26 +371,24 @@ def routing() -> Rows:
     """A topic exchange copies a message to each queue whose pattern fits; a broadcast goes to each worker."""
     patterns = {"warehouse": "stock.low", "europe": "order.eu.*", "accounts": "order.#"}
     keys = ["order.eu.paid", "order.us.paid", "order.eu.paid.late", "stock.low", "stock.high"]
-    shop, taken = Exchange("shop", "topic"), dict[str, list[str]]((key, []) for key in keys)
+    shop, taken = Exchange("shop", "topic"), {key: list[str]() for key in keys}
     with app.connection_for_write() as connection, connection.channel() as channel:
-        queues = [
-            Queue(f"{name}-{os.getpid()}", shop, pattern, exclusive=True, durable=False)(channel)
+        queues = {
+            name: Queue(f"{name}-{os.getpid()}", shop, pattern, exclusive=True, durable=False)(channel)
             for name, pattern in patterns.items()
-        ]
-        for queue in queues:
+        }
+        for queue in queues.values():
             queue.declare()
         for key in keys:
             app.amqp.Producer(channel).publish({"event": key}, exchange=shop, routing_key=key)
-        for queue in queues:
+        for name, queue in queues.items():
             while message := queue.get(no_ack=True):
-                taken[message.payload["event"]].append(
-                    f"{queue.name.partition('-')[0]} ({queue.routing_key})"
-                )
-    check([len(queues) for queues in taken.values()] == [2, 1, 1, 1, 0], taken)
+                taken[message.payload["event"]].append(f"{name} ({patterns[name]})")
+    check([len(names) for names in taken.values()] == [2, 1, 1, 1, 0], taken)
     answers = app.control.broadcast("reload_prices", reply=True, limit=len(WORKERS)) or []
     check(len(answers) == len(WORKERS), f"{answers} of {list(WORKERS)}")
     rows: Rows = [
-        {"routing key": key, "taken by": ", ".join(queues) or "none"} for key, queues in taken.items()
+        {"routing key": key, "taken by": ", ".join(names) or "none"} for key, names in taken.items()
     ]
     return [*rows, *({"broadcast": "reload_prices", "answer": str(answer)} for answer in answers)]
 
@@ -408,7 +400,7 @@ def nodes() -> Rows:
         before = inspect().stats()
         results = [tasks.send_email.delay("all@example.com", 0.1) for _ in range(16 * len(WORKERS))]
         active = inspect().active()
-        collect(results, f"{len(results)} tasks")
+        collect(results, f"{len(results)} e-mails")
         rows: Rows = [
             {
                 "node": name,
@@ -422,34 +414,32 @@ def nodes() -> Rows:
             for name, node in sorted(inspect().stats().items())
         ]
     check(all(row["took"] for row in rows), rows)
-    return [
-        *rows,
-        *({"queue": q, "messages": depth(q)} for q in (*app.amqp.queues, "dead-letters", "unrouted")),
-    ]
+    with app.connection_for_write() as connection, connection.channel() as channel:
+        for queue in [*celeryconfig.task_queues, celeryconfig.dead_letters, celeryconfig.unrouted]:
+            declared: Any = queue(channel).queue_declare(passive=True)
+            rows += [{"queue": queue.name, "messages": declared.message_count}]
+    return rows
 
 
 @lesson()
 def bulk() -> Rows:
-    """Large workloads wait for the confirms of a thousand messages at once, or put a hundred items in one."""
+    """Large workloads wait for a thousand confirms at a time, or put a hundred items in one message."""
     rows: Rows = []
-    started = time.perf_counter()
 
-    def row(way: str, messages: int, items: int) -> None:
+    def publish(way: str, items: int, publisher: Callable[[], Any]) -> Any:
+        started = time.perf_counter()
+        published = publisher()
         seconds = time.perf_counter() - started
-        rows.append({"way": way, "tasks": messages, "items": items, "tasks/s": messages / seconds})
-        rows[-1]["items/s"] = items / seconds
+        number = published if isinstance(published, int) else len(published)
+        rows.append({"way": way, "tasks": number, "items": items, "items/s": items / seconds})
+        return published
 
-    with bar(range(500), "500 tasks, one by one") as waiting:
-        for item in waiting:
-            tasks.check_price.delay(item)
-    row("one by one", 500, 500)
-    started = time.perf_counter()
-    row("in bulk", tasks.publish_in_bulk(tasks.check_price.s(item) for item in range(1000)), 1000)
-    started = time.perf_counter()
-    chunks = tasks.check_price.chunks(((item,) for item in range(10_000)), 100).apply_async()
-    row("in chunks", len(chunks), 10_000)
-    right = sum(map(sum, collect(list(chunks), "100 chunks of 100 items")))
-    check(right == 10_000 and rows[2]["items/s"] > rows[0]["items/s"], rows)
+    publish("one by one", 500, lambda: [tasks.check_price.delay(item) for item in range(500)])
+    publish("in bulk", 1000, lambda: tasks.publish_in_bulk(tasks.check_price.s(i) for i in range(1000)))
+    chunks = tasks.check_price.chunks(((item,) for item in range(10_000)), 100)
+    results = publish("in chunks", 10_000, chunks.apply_async)
+    right = sum(map(sum, collect(list(results), "100 chunks of 100 items")))
+    check(right == 10_000 and rows[2]["items/s"] > rows[0]["items/s"], f"{right} items of the chunks; {rows}")
     return rows
 
 
@@ -467,14 +457,13 @@ def crash() -> Rows:
 def poison() -> Rows:
     """A task that kills each process that takes it ends: as an error for its caller, and a dead letter."""
     result = tasks.print_poison.delay()
-    states = watch(result, celeryconfig.poison_limit + 1, "3 crashes, noticed within 5 s each")
+    states = watch(result, celeryconfig.poison_limit + 1, "3 crashes, each noticed within 5 s")
     crashes = [state for _, state, _ in states].count("PRINTING")
     check(crashes == celeryconfig.poison_limit, states)
-    with app.connection_for_write() as connection, connection.channel() as channel:
-        letter = dead_letter(channel, result.id)
+    with dead_letter(result.id) as (letter, death):
         letter.ack()
     row = {"crashes": crashes, "told after, s": states[-1][0], **error_of(result)}
-    return [{**row, "dead letter": letter.headers["x-death"][0]["reason"]}]
+    return [{**row, "dead letter": death["reason"]}]
 
 
 # --- Where the lessons run ----------------------------------------------------------------------
@@ -499,24 +488,25 @@ def worker() -> Iterator[None]:
             process.terminate()  # a warm shutdown: it finishes what it has begun
             process.wait(timeout=TIMEOUT)
         except BaseException:
-            os.killpg(process.pid, signal.SIGKILL)  # nothing is lost: RabbitMQ delivers again
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # nothing is lost: RabbitMQ delivers again
             raise
 
 
 def connect() -> str:
     """Declare the topology in RabbitMQ, and return its version. Raises OSError where there is none."""
-    with app.connection_for_write(connect_timeout=4) as connection:
+    limits = {"read_timeout": 2, "write_timeout": 2}  # seconds: something else may listen there
+    with app.connection_for_write(connect_timeout=2, transport_options=limits) as connection:
         uri = connection.as_uri()  # without the password
         try:
-            connection.connect()
+            connection.ensure_connection(max_retries=1, interval_start=0)
             version = connection.connection.server_properties["version"]
         except AccessRefused:
-            stop(
-                f"{uri}: RabbitMQ refuses this user or password",
-                "correct RABBITMQ_USER and RABBITMQ_PASSWORD",
-            )
+            stop(f"{uri}: RabbitMQ refuses this user or password", "correct RABBITMQ_USER, RABBITMQ_PASSWORD")
         except NotAllowed as error:
             stop(f"{uri}: {error.reply_text}", "rabbitmqctl add_vhost NAME, or correct CELERY_BROKER_URL")
+        except AMQPError as error:
+            stop(f"{uri}: {error}", "correct .env; is it RabbitMQ that listens there?")
     tasks.declare_topology_once()
     return f"RabbitMQ {version} at {uri}"
 
@@ -524,56 +514,57 @@ def connect() -> str:
 def settle(embedded: bool, stack: contextlib.ExitStack) -> str:
     """Find RabbitMQ and its workers, or be what is missing while `stack` is open; return what it is."""
     named = os.environ.get("CELERY_BROKER_URL") or os.environ.get("RABBITMQ_HOST")
-    why = "as you asked"
+    why, where = "as you asked", ""
+    app.backend.as_uri()  # a wrong CELERY_RESULT_BACKEND is told before anything starts
     if not embedded and named != "memory://":
         try:
             where = connect()
-            workers = "the workers that run there"
-            WORKERS.update(inspect().stats() or {})
-            if not WORKERS:
-                stack.enter_context(worker())
-                workers = "a worker started for this run, since none answered"
-            return f"{where}, and {workers}"
-        except OSError as error:
+        except (OSError, OperationalError) as error:
             uri = app.connection_for_write().as_uri()
             if named:
                 stop(f"{uri}: no RabbitMQ there ({error})", "docker compose up -d --wait, or correct .env")
             why = f"no RabbitMQ at {uri}; to start one: docker compose up -d --wait"
+    if where:
+        WORKERS.update(inspect().stats() or {})
+        if WORKERS:
+            return f"{where}, and the workers that run there"
+        stack.enter_context(worker())
+        return f"{where}, and a worker started for this run, since none answered"
     os.environ["CELERY_BROKER_URL"] = "memory://"
     app.conf.broker_transport_options = {"polling_interval": 0.01}  # seconds
-    options = {"hostname": "embedded@localhost", "loglevel": "CRITICAL", "perform_ping_check": False}
-    FOREVER.enter_context(start_worker(app, pool="threads", concurrency=8, **options))
+    options: dict[str, Any] = {"hostname": "embedded@localhost", "loglevel": "CRITICAL"}
+    options |= {"pool": "threads", "concurrency": 8, "perform_ping_check": False}
+    FOREVER.enter_context(start_worker(app, **options))  # type: ignore[arg-type]  # a Celery of SafeTask
     WORKERS.update(inspect().stats())
     return f"Embedded broker and worker, in this process: {why}"
 
 
+# --- The command line ---------------------------------------------------------------------------
 def table(rows: Rows) -> Iterator[str]:
     """Yield the lines of a table for people, with a new heading wherever the columns change."""
-    for columns, group_of_rows in groupby(rows, key=list):
-        cells = [
-            [f"{v:.2f}" if isinstance(v, float) else str(v) for v in row.values()] for row in group_of_rows
-        ]
+    for columns, same in groupby(rows, key=list):
+        cells = [[f"{v:.2f}" if isinstance(v, float) else str(v) for v in row.values()] for row in same]
         widths = [max(map(len, column)) for column in zip(columns, *cells, strict=True)]
         for line in [columns, *cells]:
             yield "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
 
 
 def run(name: str, paths: list[Path], as_json: bool) -> bool:
-    """Run a lesson and print what came of it; return whether it did not fail."""
-    if not as_json:
-        click.echo(f"\n{click.style(name, bold=True)}  {LESSONS[name][0].__doc__}")
-    started, rows, status, reason = time.perf_counter(), [], "passed", ""
+    """Run a lesson and print what came of it; return whether it did not fail. Raises one of FAULTS."""
     function, needs = LESSONS[name]
-    missing = [message for is_there, message in map(NEEDS.__getitem__, needs) if not is_there()]
+    if not as_json:
+        click.echo(f"\n{click.style(name, bold=True)}  {function.__doc__}")
+    missing = [reason for is_there, reason in map(NEEDS.__getitem__, needs) if not is_there()]
+    started, rows, status, reason = time.perf_counter(), [], "passed", ""
     try:
         if missing:
             status, reason = "skipped", missing[0]
         else:
             rows = function(*paths) if name == "words" else function()
-    except FAULTS:
+    except tuple(FAULTS):
         raise
     except Exception as error:  # noqa: BLE001  (whatever a task raised)
-        status, reason = "failed", str(error) if isinstance(error, NotSeen) else repr(error)
+        status, reason = "failed", str(error) if isinstance(error, NotSeenError) else repr(error)
     seconds = round(time.perf_counter() - started, 2)
     if as_json:
         outcome = {"lesson": name, "status": status, "seconds": seconds, "reason": reason, "rows": rows}
@@ -582,13 +573,12 @@ def run(name: str, paths: list[Path], as_json: bool) -> bool:
         for line in table(rows):
             click.echo(f"  {line}")
         colour = {"passed": "green", "skipped": "yellow", "failed": "red"}[status]
-        click.secho(f"  {status}{reason and ': '}{reason}", fg=colour, nl=False)
-        click.echo(f" ({seconds} s)")
+        click.echo(f"  {click.style(status, fg=colour)}{reason and ': '}{reason} ({seconds} s)")
     return status != "failed"
 
 
 def chosen(arguments: Iterable[str]) -> tuple[list[str], list[Path]]:
-    """Return the lessons that are asked for, and the paths behind `words`. Stops at what is neither."""
+    """Return the lessons that are asked for, and the paths behind `words`; stop at what is neither."""
     names: list[str] = []
     paths: list[Path] = []
     for argument in arguments:
@@ -604,58 +594,47 @@ def chosen(arguments: Iterable[str]) -> tuple[list[str], list[Path]]:
     return names or [name for name in LESSONS if name != "poison"], paths
 
 
-def explain(error: BaseException) -> None:
-    """Tell a fault of the surroundings: what happened, and its cure. Raises SystemExit."""
-    match error:
-        case click.ClickException():
-            stop(error.format_message(), "python run_tasks.py --help")
-        case PreconditionFailed():
-            stop(error.reply_text, tasks.INEQUIVALENT_CURE)
-        case NoAnswer():
-            stop(
-                f"No worker answered within {TIMEOUT} s",
-                "see the log of the worker; python run_tasks.py nodes",
-            )
-        case ImproperlyConfigured():
-            stop(str(error), "compare .env with .env.example")
-        case OperationalError() | OSError():
-            stop(f"The connection to RabbitMQ is lost: {error}", "docker compose ps, or rabbitmqctl status")
-
-
 @click.command()
 @click.argument("lessons", nargs=-1, metavar="[LESSON | words [PATH]...]...")
 @click.option("--list", "as_list", is_flag=True, help="Name the lessons, and what each shows.")
 @click.option("--embedded", is_flag=True, help="Run without RabbitMQ, inside this process.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object a lesson.")
-def cli(lessons: tuple[str, ...], as_list: bool, embedded: bool, as_json: bool) -> int:
+@click.pass_context
+def cli(
+    context: click.Context, lessons: tuple[str, ...], as_list: bool, embedded: bool, as_json: bool
+) -> int:
     """Run the lessons that are named, or all but `poison`, which takes ten seconds.
 
-    Exit status: 0, 1 if a lesson failed, 2 if the surroundings let none run.
+    Exit status: 0; 1 if a lesson failed; 2 if something around them is wrong.
     """
+    context.color = False if os.environ.get("NO_COLOR") else None
     if as_list:
-        for name, (function, _) in LESSONS.items():
-            click.echo(f"{name:<12}{function.__doc__}")
+        click.echo("\n".join(f"{name:<12}{function.__doc__}" for name, (function, _) in LESSONS.items()))
         return 0
     names, paths = chosen(lessons)
     with contextlib.ExitStack() as stack:
         click.echo(settle(embedded, stack), err=as_json)
         passed = [run(name, paths, as_json) for name in names]
-        return 0 if all(passed) else 1
+    return 0 if all(passed) else 1
 
 
 def main() -> NoReturn:
-    """Run the command line; a fault of the surroundings is told in two lines on stderr, status 2."""
+    """Run the command line, and end the process at once: an embedded worker would take four seconds."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    status = 2
+    status: Any = 130
     try:
         status = cli(standalone_mode=False)
     except (KeyboardInterrupt, click.Abort):
-        status = 130
-    except (SystemExit, click.ClickException, *FAULTS) as error:
+        pass
+    except SystemExit as stopped:
+        status = stopped.code
+    except tuple(FAULTS) as error:
+        what, cure = next(told for fault, told in FAULTS.items() if isinstance(error, fault))
         with contextlib.suppress(SystemExit):
-            explain(error)
+            stop(f"{what}: {' '.join(str(error).split())}", cure)
+        status = 2
     sys.stdout.flush()
-    os._exit(status)  # at once: an embedded worker would take four seconds to stop
+    os._exit(status)
 
 
 if __name__ == "__main__":

@@ -20,14 +20,17 @@ from datetime import datetime
 from typing import Any
 
 from amqp import PreconditionFailed
-from celery import Celery, Task, bootsteps
+from celery import Celery, Task
+from celery.backends.rpc import RPCBackend
 from celery.canvas import Signature
 from celery.exceptions import WorkerShutdown
+from celery.result import task_join_will_block  # type: ignore[attr-defined]  # the stubs lack it
 from celery.utils.log import get_logger
 from celery.utils.time import maybe_make_aware
 from celery.worker.consumer import Consumer
 from celery.worker.control import inspect_command
-from kombu import Connection, Message
+from kombu import Connection, Message, Producer
+from kombu.common import maybe_declare
 from kombu.exceptions import OperationalError
 from kombu.transport.native_delayed_delivery import (
     bind_queue_to_native_delayed_delivery_exchange,
@@ -100,34 +103,42 @@ def declare_topology_once() -> None:
         declare_topology(connection)
 
 
-class Topology(bootsteps.StartStopStep):
-    """The step of a starting, or reconnecting, worker that declares the topology.
-
-    https://docs.celeryq.dev/en/stable/userguide/extending.html
-    """
-
-    requires = ("celery.worker.consumer.connection:Connection",)
-
-    def start(self, parent: Any) -> None:
-        """Declare the topology; a queue that exists with other arguments ends the worker."""
-        try:
-            declare_topology(parent.connection)
-        except PreconditionFailed as error:
-            logger.critical("%s\nCure: %s", error.reply_text, INEQUIVALENT_CURE)
-            raise WorkerShutdown(2) from None
-
-
 INEQUIVALENT_CURE = "delete that queue once it is empty: celery -A tasks amqp queue.delete NAME"
-app.steps["consumer"].add(Topology)
 
 
 class SafeConsumer(Consumer):
-    """The worker's consumer, but a message that is not JSON becomes a dead letter."""
+    """The consumer of a worker: it declares the topology, and loses no message that is not JSON.
+
+    https://docs.celeryq.dev/en/stable/userguide/configuration.html#worker-consumer
+    """
+
+    def connect(self) -> Connection:
+        """Connect, also again, and declare the topology; a queue with other arguments ends the worker."""
+        connection: Connection = super().connect()
+        try:
+            declare_topology(connection)
+        except PreconditionFailed as error:
+            logger.critical("%s\nCure: %s", error.reply_text, INEQUIVALENT_CURE)
+            raise WorkerShutdown(2) from None
+        return connection
 
     def on_decode_error(self, message: Message, exc: Exception) -> None:
         """Reject the message; Celery's own method acknowledges it, and so drops it."""
         logger.critical("A message that can't be decoded goes to dead-letters: %s", exc)
         message.reject()
+
+
+class SafeRPCBackend(RPCBackend):
+    """The rpc:// result backend, but a publisher does not wait for ever for a broker that is down."""
+
+    def on_task_call(self, producer: Producer, task_id: str) -> None:
+        """Declare the reply queue, in as many attempts as publishing has; Celery's own never ends."""
+        channel: Any = producer.channel
+        if not task_join_will_block():  # in a worker it is declared already
+            maybe_declare(self.binding(channel), retry=True, **app.conf.task_publish_retry_policy)
+
+
+app.loader.override_backends = {"rpc": "tasks:SafeRPCBackend"}
 
 
 def publish_in_bulk(signatures: Iterable[Signature], window: int = 1000) -> int:

@@ -1,0 +1,198 @@
+"""What the tests share: real RabbitMQ nodes, workers and drivers, each a process of its own."""
+
+import contextlib
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from kombu import Connection
+from mirakuru.base import Executor
+from typing_extensions import Self
+
+PROJECT = Path(__file__).parent.parent
+VARIABLES = ("CELERY_", "RABBITMQ_", "NO_COLOR")
+
+
+def clean_environment(**variables: str) -> dict[str, str]:
+    """Return the environment without what would change where the project looks for RabbitMQ."""
+    return {k: v for k, v in os.environ.items() if not k.startswith(VARIABLES)} | variables
+
+
+def until(condition: Callable[[], Any], seconds: float = 30) -> Any:
+    """Wait until a condition holds, and return its value; fail after so many seconds."""
+    deadline = time.monotonic() + seconds
+    while not (value := condition()):
+        assert time.monotonic() < deadline, f"not within {seconds} s: {condition}"
+        time.sleep(0.05)
+    return value
+
+
+def free_port() -> int:
+    """Return a port of the loopback interface that nothing listens on."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
+def rabbitmq_program(name: str) -> str:
+    """Return a program of RabbitMQ: of Debian's own the one behind its wrapper, which insists on a user."""
+    found = shutil.which(name)
+    if not found:
+        if os.environ.get("CI") == "true":
+            pytest.fail(f"{name} is not on PATH, and CI must not skip the tests of RabbitMQ")
+        pytest.skip(f"{name} is not on PATH: tests/run installs it")
+    behind = Path("/usr/lib/rabbitmq/bin", name)
+    return str(behind) if found == f"/usr/sbin/{name}" and behind.exists() else found
+
+
+class Program(Executor):
+    """A program with its output in a file."""
+
+    def __init__(self, command: list[str], output: Path, **options: Any) -> None:
+        super().__init__(command, **options)
+        self.output_file = output
+
+    def pre_start_check(self) -> bool:
+        """Tell that no other program can be in the way: its ports and its name are its own."""
+        return False
+
+    def start(self) -> Self:
+        """Start the program, and wait until it is ready."""
+        with self.output_file.open("ab") as output:
+            self._stdout = self._stderr = output
+            return super().start()
+
+
+class Node(Program):
+    """A RabbitMQ node on free ports of the loopback interface, with its data in a folder of its own."""
+
+    def __init__(self, folder: Path) -> None:
+        self.port, distribution, epmd = (free_port() for _ in range(3))
+        self.url = f"amqp://guest:guest@127.0.0.1:{self.port}//"
+        (folder / "plugins").write_text("[].")
+        (folder / "rabbitmq.conf").write_text(f"listeners.tcp.1 = 127.0.0.1:{self.port}\n")
+        self.environment = clean_environment(
+            HOME=str(folder),
+            ERL_EPMD_PORT=str(epmd),
+            ERL_EPMD_ADDRESS="127.0.0.1",
+            RABBITMQ_NODENAME=f"test-{self.port}@localhost",
+            RABBITMQ_DIST_PORT=str(distribution),
+            RABBITMQ_CONFIG_FILE=str(folder / "rabbitmq.conf"),
+            RABBITMQ_MNESIA_BASE=str(folder / "data"),
+            RABBITMQ_LOG_BASE=str(folder / "log"),
+            RABBITMQ_ENABLED_PLUGINS_FILE=str(folder / "plugins"),
+        )
+        command = [rabbitmq_program("rabbitmq-server")]
+        super().__init__(command, folder / "output", envvars=self.environment, timeout=60)
+
+    def after_start_check(self) -> bool:
+        """Tell whether a client can log in."""
+        try:
+            with Connection(self.url, connect_timeout=2) as connection:
+                connection.connect()
+        except OSError:
+            return False
+        return True
+
+    def control(self, *arguments: str) -> str:
+        """Run rabbitmqctl, and return what it prints."""
+        command = [rabbitmq_program("rabbitmqctl"), *arguments]
+        return subprocess.run(
+            command, env=self.environment, check=True, capture_output=True, text=True, timeout=60
+        ).stdout
+
+
+class Worker(Program):
+    """A real `celery -A tasks worker`, known by its name, with its log in a file."""
+
+    def __init__(self, url: str, folder: Path, *arguments: str, name: str = "test@localhost") -> None:
+        command = [sys.executable, "-m", "celery", "-A", "tasks", "worker", "-linfo", "-n", name]
+        self.name, self.url = name, url
+        super().__init__(
+            [*command, *arguments],
+            folder / f"{name}.log",
+            cwd=str(PROJECT),
+            envvars=clean_environment(CELERY_BROKER_URL=url, PYTHONPATH=str(PROJECT)),
+            timeout=30,
+        )
+
+    def after_start_check(self) -> bool:
+        """Tell whether the worker consumes from its queues."""
+        return celery(self.url, "inspect", "active_queues", "-d", self.name, "-t", "0.5").returncode == 0
+
+
+def celery(url: str, *arguments: str) -> "subprocess.CompletedProcess[str]":
+    """Run the `celery` command line to its end."""
+    return subprocess.run(
+        [sys.executable, "-m", "celery", "-A", "tasks", *arguments],
+        cwd=PROJECT,
+        env=clean_environment(CELERY_BROKER_URL=url),
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+def drive(*arguments: str, **variables: str) -> "subprocess.CompletedProcess[str]":
+    """Run the driver to its end, as a user does, in the environment of these variables."""
+    return subprocess.run(
+        [sys.executable, str(PROJECT / "run_tasks.py"), *arguments],
+        env=clean_environment(**variables),
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=110,
+    )
+
+
+def outcomes(finished: "subprocess.CompletedProcess[str]") -> dict[str, dict[str, Any]]:
+    """Return what `--json` printed, by lesson."""
+    lessons = [json.loads(line) for line in finished.stdout.splitlines()]
+    return {lesson["lesson"]: lesson for lesson in lessons}
+
+
+@pytest.fixture(scope="session")
+def rabbitmq(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Give the URL of RabbitMQ: of the node in CELERY_BROKER_URL, or of one for this session."""
+    if url := os.environ.get("CELERY_BROKER_URL"):
+        yield url
+        return
+    with Node(tmp_path_factory.mktemp("rabbitmq")) as node:
+        yield node.url
+
+
+@pytest.fixture
+def node(tmp_path: Path) -> Iterator[Node]:
+    """Give a fresh node that the test may break."""
+    with Node(tmp_path) as node:
+        yield node
+
+
+@pytest.fixture(scope="session")
+def worker(rabbitmq: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Worker]:
+    """Run one worker of four processes for all tests that do not break it."""
+    with Worker(rabbitmq, tmp_path_factory.mktemp("worker"), "-c4") as worker:
+        yield worker
+
+
+@pytest.fixture(scope="session")
+def shop(rabbitmq: str) -> Iterator[Any]:
+    """Give the module `tasks`, as a program that publishes to the RabbitMQ of this session."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CELERY_BROKER_URL", rabbitmq)
+        import tasks  # noqa: PLC0415  (it reads the variable when it is imported)
+
+        yield tasks
+        with contextlib.suppress(AttributeError):  # nothing was asked for
+            consumer: Any = tasks.app.backend
+            consumer.result_consumer.stop()
+        tasks.app.close()

@@ -1,0 +1,142 @@
+"""The second shelf: every lesson that needs no RabbitMQ, through the real driver."""
+
+import os
+import pty
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import psutil
+import pytest
+from conftest import PROJECT, clean_environment, drive, free_port, outcomes, until
+
+import tasks
+
+NOWHERE = {"RABBITMQ_PORT": str(free_port())}
+
+
+def test_all_lessons_run_without_rabbitmq() -> None:
+    finished = drive("--json", **NOWHERE)
+    assert finished.returncode == 0, finished.stdout
+    by_name = outcomes(finished)
+    assert {name for name, lesson in by_name.items() if lesson["status"] == "skipped"} == {
+        "priorities",
+        "crash",
+    }
+    assert {lesson["status"] for lesson in by_name.values()} == {"passed", "skipped"}
+    assert "Traceback" not in finished.stderr
+    assert finished.stderr.startswith("Embedded broker and worker")
+    assert "docker compose up -d --wait" in finished.stderr
+
+
+def test_plain_lines_where_there_is_no_terminal() -> None:
+    finished = drive("--embedded", "hello", "progress")
+    assert finished.returncode == 0
+    assert "\x1b" not in finished.stdout + finished.stderr
+    assert "packing 6 items" in finished.stderr
+    assert "passed" in finished.stdout
+
+
+def on_a_terminal(**variables: str) -> str:
+    """Run two lessons on a pseudo-terminal, and return what a person would see there."""
+    ours, theirs = pty.openpty()
+    command = [sys.executable, str(PROJECT / "run_tasks.py"), "--embedded", "progress"]
+    environment = clean_environment(TERM="xterm", **variables)
+    with subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, env=environment) as process:
+        os.close(theirs)
+        seen = b""
+        try:
+            while block := os.read(ours, 4096):
+                seen += block
+        except OSError:  # Linux: the other end is closed
+            pass
+        os.close(ours)
+    assert process.returncode == 0
+    return seen.decode()
+
+
+def test_colours_and_a_progress_bar_on_a_terminal() -> None:
+    seen = on_a_terminal()
+    assert "\x1b[32mpassed" in seen
+    assert "100%" in seen
+
+
+def test_no_color_is_obeyed() -> None:
+    assert "\x1b[32m" not in on_a_terminal(NO_COLOR="1")
+
+
+def test_the_words_are_those_that_counter_counts(tmp_path: Path) -> None:
+    # Given thousands of files in folders, of which one is no text
+    for number in range(3000):
+        folder = tmp_path / f"folder {number % 7}"
+        folder.mkdir(exist_ok=True)
+        (folder / f"{number}.txt").write_text(f"Fish number {number} in the sea\n" * (number % 5 + 1))
+    text = "".join(path.read_text() for path in tmp_path.rglob("*.txt"))
+    (tmp_path / "picture").write_bytes(b"\0")
+    # When the driver counts them
+    rows = outcomes(drive("--embedded", "--json", "words", str(tmp_path)))["words"]["rows"]
+    # Then it counts what Counter does, in a few messages
+    expected: Counter[str] = Counter(tasks.count_words(text))
+    counted = {row["word"]: row["count"] for row in rows if "word" in row}
+    assert counted == {word: expected[word] for word in counted}
+    assert sorted(counted.values()) == sorted(count for _, count in expected.most_common(5))
+    sums = next(row for row in rows if "files" in row)
+    assert sums["words"] == expected.total()
+    assert sums["files"] == 3001
+    assert sums["tasks"] < 50
+    assert rows[-1] == {"skipped": str(tmp_path / "picture"), "why": "binary"}
+
+
+def test_an_unreadable_file_is_skipped_and_named(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("fish")
+    (tmp_path / "gone.txt").symlink_to("nowhere")
+    rows = outcomes(drive("--embedded", "--json", "words", str(tmp_path)))["words"]["rows"]
+    assert rows[-1]["skipped"] == str(tmp_path / "gone.txt")
+
+
+def test_chords_run_with_a_file_backend(tmp_path: Path) -> None:
+    finished = drive(
+        "--embedded", "--json", "workflows", "progress", CELERY_RESULT_BACKEND=f"file://{tmp_path}"
+    )
+    lessons = outcomes(finished)
+    assert lessons["workflows"]["rows"][-1] == {"workflow": "chord", "result": 9000}
+    assert lessons["progress"]["status"] == "skipped"
+    assert finished.returncode == 0
+
+
+def test_a_lesson_that_does_not_see_what_it_teaches_fails() -> None:
+    # Given a task that is wrong
+    wrong = "import run_tasks, tasks; tasks.add.run = lambda x, y: 5; run_tasks.main()"
+    command = [sys.executable, "-c", wrong, "--embedded", "hello", "workflows"]
+    failed = subprocess.run(
+        command, cwd=PROJECT, env=clean_environment(), check=False, capture_output=True, text=True, timeout=60
+    )
+    assert failed.returncode == 1
+    assert "failed: it saw" in failed.stdout
+    assert "'result': 5" in failed.stdout
+    assert "passed" in failed.stdout  # the next one still runs
+
+
+@pytest.mark.parametrize("backend", ["rcp://", "redis://", "file:///no/such/folder"])
+def test_a_wrong_result_backend_is_told_before_anything_starts(backend: str) -> None:
+    stopped = drive("hello", CELERY_RESULT_BACKEND=backend, **NOWHERE)
+    assert (stopped.returncode, stopped.stdout, len(stopped.stderr.splitlines())) == (2, "", 2)
+
+
+def test_ctrl_c_ends_the_run_at_once() -> None:
+    command = [sys.executable, str(PROJECT / "run_tasks.py"), "--embedded", "parallel"]
+    process = subprocess.Popen(
+        command, env=clean_environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout
+    until(lambda: process.stdout and "Embedded" in process.stdout.readline())
+    pressed = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert time.monotonic() - pressed < 3  # of the 4.5 s that the lesson takes, and 4 s of a worker's stop
+    assert "Traceback" not in errors
+    assert not psutil.pid_exists(process.pid)

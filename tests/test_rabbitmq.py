@@ -1,0 +1,395 @@
+"""The third shelf: a real RabbitMQ, real workers, beat, and the driver as a user runs it."""
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from datetime import datetime, timedelta, timezone
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from conftest import PROJECT, Node, Worker, celery, clean_environment, drive, free_port, outcomes, until
+from kombu import Connection, Queue
+from kombu.exceptions import OperationalError
+
+import celeryconfig
+
+
+def take(url: str, queue: Queue, number: int = 1) -> list[Any]:
+    """Wait for messages of a queue, and take them out."""
+    with Connection(url) as connection, connection.channel() as channel:
+        messages = [until(queue(channel).get) for _ in range(number)]
+        for message in messages:
+            message.ack()
+    return messages
+
+
+def depth(url: str, queue: str) -> int:
+    """Return how many messages wait in a queue."""
+    with Connection(url) as connection, connection.channel() as channel:
+        declared: Any = Queue(queue)(channel).queue_declare(passive=True)
+        return int(declared.message_count)
+
+
+def is_empty(url: str, queue: str) -> bool:
+    """Tell whether no message waits in a queue."""
+    return depth(url, queue) == 0
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_left(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Check after each test that no queue of the session's RabbitMQ holds a message."""
+    yield
+    if "rabbitmq" in request.fixturenames:
+        url = request.getfixturevalue("rabbitmq")
+        for name in ("default", "priority", "dead-letters", "unrouted"):
+            with contextlib.suppress(Exception):  # the queue is not there, so nothing is in it
+                until(partial(is_empty, url, name), 20)
+
+
+def workers_running() -> set[int]:
+    """Return the processes of `celery worker` on this machine."""
+    return {
+        process.pid
+        for process in psutil.process_iter(["cmdline"])
+        if {"celery", "worker"} <= set(process.info["cmdline"] or ())
+    }
+
+
+# --- The lessons --------------------------------------------------------------------------------
+def test_all_lessons_run_with_a_worker_of_the_driver(node: Node) -> None:
+    # Given a fresh RabbitMQ and no worker
+    before = workers_running()
+    # When the driver runs
+    finished = drive("--json", CELERY_BROKER_URL=node.url)
+    # Then every lesson passes, and the worker that it started is gone
+    lessons = outcomes(finished)
+    assert {name: lesson["reason"] for name, lesson in lessons.items() if lesson["status"] != "passed"} == {}
+    assert finished.returncode == 0
+    assert len(lessons) == 13
+    assert "a worker started for this run" in finished.stderr
+    assert "guest:guest" not in finished.stdout + finished.stderr
+    assert workers_running() == before
+
+
+def test_all_lessons_run_with_the_workers_that_are_there(rabbitmq: str, worker: Worker) -> None:
+    finished = drive("--json", CELERY_BROKER_URL=rabbitmq)
+    lessons = outcomes(finished)
+    assert {name: lesson["reason"] for name, lesson in lessons.items() if lesson["status"] != "passed"} == {}
+    assert "the workers that run there" in finished.stderr
+    assert lessons["hello"]["rows"][1]["result"] == worker.name
+    assert len([row for row in lessons["nodes"]["rows"] if "node" in row]) == 2
+
+
+def test_a_poison_message_ends_with_its_caller_and_as_a_dead_letter(rabbitmq: str, worker: Worker) -> None:
+    finished = drive("--json", "poison", CELERY_BROKER_URL=rabbitmq)
+    (row,) = outcomes(finished)["poison"]["rows"]
+    assert (row["crashes"], row["error"], row["dead letter"]) == (3, "PoisonError", "rejected")
+
+
+def test_the_words_of_a_real_folder(rabbitmq: str, worker: Worker) -> None:
+    # Given the Python files of this project and of a library
+    folders = [PROJECT / "tests", Path(json.__file__).parent]
+    files = [path for folder in folders for path in folder.rglob("*") if path.suffix in (".py", "")]
+    text = "\n".join(path.read_text(errors="replace") for path in files if path.is_file())
+    # When the driver has them counted
+    counted = drive("--json", "words", *map(str, folders), CELERY_BROKER_URL=rabbitmq)
+    # Then Counter counts the same
+    rows = outcomes(counted)["words"]["rows"]
+    from tasks import count_words  # noqa: PLC0415
+
+    expected: Counter[str] = Counter(count_words(text))
+    assert next(row["words"] for row in rows if "words" in row) == expected.total()
+    assert all(expected[row["word"]] == row["count"] for row in rows if "word" in row)
+
+
+@pytest.mark.parametrize("pool", ["threads", "solo"])
+def test_no_lesson_kills_a_worker_without_processes(node: Node, tmp_path: Path, pool: str) -> None:
+    with Worker(node.url, tmp_path, "-P", pool, "-c2") as worker:
+        finished = drive("--json", "hello", "failures", "crash", "poison", CELERY_BROKER_URL=node.url)
+        status = {name: lesson["status"] for name, lesson in outcomes(finished).items()}
+        assert status == {"hello": "passed", "failures": "passed", "crash": "skipped", "poison": "skipped"}
+        assert worker.running()
+        drive("--json", "failures", CELERY_BROKER_URL=node.url)
+
+
+def test_beat_publishes_its_periodic_task(rabbitmq: str, worker: Worker, shop: Any, tmp_path: Path) -> None:
+    def reports() -> int:
+        stats = shop.app.control.inspect([worker.name], limit=1).stats() or {}
+        return int(stats.get(worker.name, {}).get("total", {}).get("tasks.report_stock", 0))
+
+    # Given how many reports the worker has made
+    before = reports()
+    # When beat runs beside it
+    command = [sys.executable, "-m", "celery", "-A", "tasks", "beat", "-s", str(tmp_path / "schedule")]
+    environment = clean_environment(CELERY_BROKER_URL=rabbitmq, PYTHONPATH=str(PROJECT))
+    with subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.DEVNULL) as beat:
+        # Then it makes one more
+        try:
+            until(lambda: reports() > before, 40)
+        finally:
+            beat.terminate()
+
+
+@pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_leaves_no_worker(node: Node, sign: signal.Signals) -> None:
+    before = workers_running()
+    with subprocess.Popen(
+        [sys.executable, str(PROJECT / "run_tasks.py"), "parallel"],
+        env=clean_environment(CELERY_BROKER_URL=node.url),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout
+        assert "a worker started for this run" in process.stdout.readline()
+        process.send_signal(sign)
+        sent = time.monotonic()
+        _, errors = process.communicate(timeout=30)
+    assert time.monotonic() - sent < 3  # of the 4.5 s that the lesson takes
+    assert process.returncode == 130
+    assert "Traceback" not in errors
+    until(lambda: workers_running() == before, 5)
+
+
+# --- What is wrong around the driver ------------------------------------------------------------
+def told(finished: "subprocess.CompletedProcess[str]") -> str:
+    """Check that a run ended as the surroundings demand: status 2, a line of cause and one of cure."""
+    assert finished.returncode == 2, finished.stdout + finished.stderr
+    cause, cure = finished.stderr.splitlines()
+    assert cure.startswith("Cure: ")
+    assert "secret" not in finished.stderr
+    return cause
+
+
+def test_a_broker_that_is_named_and_down() -> None:
+    started = time.monotonic()
+    url = f"amqp://ada:secret@127.0.0.1:{free_port()}//"
+    assert "no RabbitMQ there" in told(drive("hello", CELERY_BROKER_URL=url))
+    assert "no RabbitMQ there" in told(drive("hello", RABBITMQ_HOST="no-such-host.invalid"))
+    assert time.monotonic() - started < 10  # five seconds each
+
+
+def test_a_port_that_never_answers() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        started = time.monotonic()
+        url = f"amqp://ada:secret@127.0.0.1:{silent.getsockname()[1]}//"
+        assert "no RabbitMQ there" in told(drive("hello", CELERY_BROKER_URL=url))
+        assert time.monotonic() - started < 5.5
+
+
+def test_a_wrong_password_and_a_wrong_virtual_host(rabbitmq: str) -> None:
+    wrong_password = rabbitmq.replace("guest:guest@", "guest:secret@")
+    assert "refuses this user or password" in told(drive("hello", CELERY_BROKER_URL=wrong_password))
+    wrong_host = rabbitmq.removesuffix("/") + "no-such-vhost"
+    assert "no-such-vhost" in told(drive("hello", CELERY_BROKER_URL=wrong_host))
+
+
+def test_a_queue_with_other_arguments(node: Node, tmp_path: Path) -> None:
+    # Given a queue of the name of ours, as an older version of this project might have made it
+    with Connection(node.url) as connection:
+        Queue("default")(connection.channel()).declare()
+    # Then the driver names it and the cure, and a worker does not start
+    cause = told(drive("hello", CELERY_BROKER_URL=node.url))
+    assert "inequivalent arg" in cause
+    assert "'default'" in cause
+    stopped = celery(node.url, "worker", "-lwarning", "-Psolo")
+    assert stopped.returncode != 0
+    assert "celery -A tasks amqp queue.delete" in stopped.stderr
+    # And the cure works
+    assert celery(node.url, "amqp", "queue.delete", "default").returncode == 0
+    assert drive("hello", CELERY_BROKER_URL=node.url).returncode == 0
+
+
+def test_a_worker_that_never_answers(node: Node, tmp_path: Path) -> None:
+    # Given a worker that does not consume from the queue of the lesson
+    with Worker(node.url, tmp_path, "-Q", "priority", "-c1"):
+        code = "import run_tasks; run_tasks.TIMEOUT = 2; run_tasks.main()"
+        waited = subprocess.run(
+            [sys.executable, "-c", code, "hello"],
+            cwd=PROJECT,
+            env=clean_environment(CELERY_BROKER_URL=node.url),
+            check=False,
+            capture_output=True,
+            text=True,
+            timeout=30,
+        )
+        assert told(waited).startswith("No worker answered")
+
+
+def test_a_broker_that_dies_during_a_lesson(node: Node, tmp_path: Path) -> None:
+    with Worker(node.url, tmp_path, "-c1"):
+        with subprocess.Popen(
+            [sys.executable, str(PROJECT / "run_tasks.py"), "parallel"],
+            env=clean_environment(CELERY_BROKER_URL=node.url),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        ) as process:
+            assert process.stdout
+            process.stdout.readline()
+            node.kill()
+            _, errors = process.communicate(timeout=60)
+        assert process.returncode == 2
+        assert "Traceback" not in errors
+        assert errors.splitlines()[-1].startswith("Cure: ")
+
+
+# --- What makes the tasks safe ------------------------------------------------------------------
+def test_the_topology_is_there_before_any_worker(node: Node) -> None:
+    # Given a RabbitMQ that has never seen a worker
+    code = "import tasks; tasks.remind.apply_async(('Ada',), countdown=2, ignore_result=True)"
+    environment = clean_environment(CELERY_BROKER_URL=node.url)
+    subprocess.run([sys.executable, "-c", code], cwd=PROJECT, env=environment, check=True, timeout=30)
+    # When a delayed task is published, then it arrives
+    until(lambda: depth(node.url, "default") == 1, 10)
+
+
+@pytest.mark.parametrize(
+    "delay",
+    [{"countdown": 0.2}, {"countdown": 0}, {"countdown": 1.5}, {"eta": 0.4}, {"eta": 1.0}, {"eta": -5}],
+)
+def test_no_delay_is_too_short(worker: Worker, shop: Any, delay: dict[str, float]) -> None:
+    options: dict[str, Any] = dict(delay)
+    started = time.time()
+    if "eta" in options:
+        options["eta"] = datetime.now(timezone.utc) + timedelta(seconds=options["eta"])
+    ran = shop.remind.apply_async(("Ada",), **options).get(timeout=10)
+    assert ran - started >= max(delay.values()) - 0.01
+
+
+def test_a_retry_with_a_short_countdown_is_not_lost(node: Node, tmp_path: Path) -> None:
+    # Given a task of a user of this project, who retries it after half a second
+    (tmp_path / "short.py").write_text(
+        "from tasks import app\n"
+        "@app.task(bind=True)\n"
+        "def short(self):\n"
+        "    if not self.request.retries:\n"
+        "        raise self.retry(countdown=0.5)\n"
+        "    return self.request.retries\n"
+    )
+    environment = clean_environment(CELERY_BROKER_URL=node.url, PYTHONPATH=f"{PROJECT}{os.pathsep}{tmp_path}")
+    command = [sys.executable, "-m", "celery", "-A", "short", "worker", "-Psolo", "-lwarning"]
+    with subprocess.Popen(
+        command, env=environment, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
+    ) as worker:
+        try:
+            code = "import short; print(short.short.delay().get(timeout=20))"
+            printed = subprocess.run(
+                [sys.executable, "-c", code],
+                env=environment,
+                capture_output=True,
+                text=True,
+                check=True,
+                timeout=40,
+            )
+        finally:
+            worker.terminate()
+    assert printed.stdout == "1\n"
+
+
+def test_a_misspelt_queue_is_an_error(rabbitmq: str, shop: Any) -> None:
+    with pytest.raises(Exception, match="defualt"):
+        shop.add.apply_async((1, 2), queue="defualt")
+
+
+def test_a_message_that_no_binding_matches_is_kept(rabbitmq: str, shop: Any) -> None:
+    shop.declare_topology_once()
+    with shop.app.producer_or_acquire() as producer:
+        producer.publish({"any": "thing"}, exchange="tasks", routing_key="nowhere")
+    (message,) = take(rabbitmq, celeryconfig.unrouted)
+    assert message.payload == {"any": "thing"}
+
+
+@pytest.mark.parametrize(
+    ("body", "properties"),
+    [
+        (b"not json", {"content_type": "application/json", "headers": {"task": "tasks.add", "id": "1"}}),
+        (b"\x80\x04N.", {"content_type": "application/x-python-serialize", "headers": {"task": "tasks.add"}}),
+        (
+            b"[[], {}, {}]",
+            {"content_type": "application/json", "headers": {"task": "tasks.no_such", "id": "1"}},
+        ),
+        (b'{"no": "headers"}', {"content_type": "application/json"}),
+    ],
+    ids=["not JSON", "pickle", "unknown task", "no headers"],
+)
+def test_a_message_that_is_no_task_becomes_a_dead_letter(
+    rabbitmq: str, worker: Worker, shop: Any, body: bytes, properties: dict[str, Any]
+) -> None:
+    with shop.app.producer_or_acquire() as producer:
+        producer.publish(
+            body, exchange="tasks", routing_key="default", content_encoding="binary", **properties
+        )
+    (letter,) = take(rabbitmq, celeryconfig.dead_letters)
+    assert bytes(letter.body if isinstance(letter.body, bytes) else letter.body.encode()) == body
+    assert letter.headers["x-death"][0]["reason"] == "rejected"
+    assert shop.add.delay(1, 2).get(timeout=10) == 3  # and the worker goes on
+
+
+def test_a_replayed_dead_letter_reaches_its_caller(rabbitmq: str, worker: Worker) -> None:
+    finished = drive("--json", "failures", CELERY_BROKER_URL=rabbitmq)
+    row = outcomes(finished)["failures"]["rows"][-1]
+    assert (row["dead letter"], row["reason"], row["replayed"]) == ("ship", "rejected", "lamp: shipped")
+
+
+# --- Publishing in bulk -------------------------------------------------------------------------
+def test_bulk_publishing_publishes_each_task_once(node: Node) -> None:
+    # Given no worker, and more tasks than fit the window
+    code = (
+        "import tasks\n"
+        "print(tasks.publish_in_bulk((tasks.check_price.s(i) for i in range(2_345)), window=100))\n"
+        "print(tasks.publish_in_bulk([]))"
+    )
+    environment = clean_environment(CELERY_BROKER_URL=node.url)
+    printed = subprocess.run(
+        [sys.executable, "-c", code], cwd=PROJECT, env=environment, capture_output=True, text=True, check=True
+    )
+    assert printed.stdout == "2345\n0\n"
+    assert depth(node.url, "default") == 2345
+
+
+def test_bulk_publishing_tells_of_a_refused_task(node: Node) -> None:
+    # Given a queue that takes ten messages and refuses more
+    celery(node.url, "inspect", "ping", "-t", "0.1")
+    code = (
+        "import tasks, celeryconfig\n"
+        "from kombu.exceptions import OperationalError\n"
+        "celeryconfig.task_queues[0].queue_arguments['x-max-length'] = 10\n"
+        "try:\n"
+        "    tasks.publish_in_bulk(tasks.check_price.s(i) for i in range(500))\n"
+        "except OperationalError as error:\n"
+        "    print(error)\n"
+    )
+    environment = clean_environment(CELERY_BROKER_URL=node.url)
+    printed = subprocess.run(
+        [sys.executable, "-c", code], cwd=PROJECT, env=environment, capture_output=True, text=True, check=True
+    )
+    assert "refused" in printed.stdout
+    assert "tasks.check_price" in printed.stdout
+
+
+def test_publishing_to_a_broker_that_is_down_fails_soon(node: Node) -> None:
+    node.stop()
+    code = "import tasks; tasks.add.delay(1, 2)"
+    started = time.monotonic()
+    failed = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=PROJECT,
+        env=clean_environment(CELERY_BROKER_URL=node.url),
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert OperationalError.__name__ in failed.stderr
+    assert time.monotonic() - started < 15
