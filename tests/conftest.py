@@ -161,18 +161,29 @@ def outcomes(finished: "subprocess.CompletedProcess[str]") -> dict[str, dict[str
 
 
 @pytest.fixture(scope="session")
-def rabbitmq(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Give the URL of RabbitMQ: of the node in CELERY_BROKER_URL, or of one for this session."""
-    if url := os.environ.get("CELERY_BROKER_URL"):
-        yield url
-        return
+def session_node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Node]:
+    """Run the node that all tests share which do not break it."""
     with Node(tmp_path_factory.mktemp("rabbitmq")) as node:
-        yield node.url
+        yield node
+
+
+@pytest.fixture(scope="session")
+def rabbitmq(request: pytest.FixtureRequest) -> str:
+    """Give the URL of RabbitMQ: the one in CELERY_BROKER_URL, or that of a node for this session."""
+    return os.environ.get("CELERY_BROKER_URL") or str(request.getfixturevalue("session_node").url)
+
+
+@pytest.fixture
+def fresh(session_node: Node, tmp_path: Path) -> str:
+    """Give the URL of a virtual host that nobody has used: as good as a new RabbitMQ, and sooner there."""
+    session_node.control("add_vhost", tmp_path.name)
+    session_node.control("set_permissions", "-p", tmp_path.name, "guest", ".*", ".*", ".*")
+    return f"{session_node.url.removesuffix('/')}{tmp_path.name}"
 
 
 @pytest.fixture
 def node(tmp_path: Path) -> Iterator[Node]:
-    """Give a fresh node that the test may break."""
+    """Run a node that the test may break."""
     with Node(tmp_path) as node:
         yield node
 

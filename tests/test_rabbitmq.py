@@ -66,11 +66,11 @@ def workers_running() -> set[int]:
 
 
 # --- The lessons --------------------------------------------------------------------------------
-def test_all_lessons_run_with_a_worker_of_the_driver(node: Node) -> None:
+def test_all_lessons_run_with_a_worker_of_the_driver(fresh: str) -> None:
     # Given a fresh RabbitMQ and no worker
     before = workers_running()
     # When the driver runs
-    finished = drive("--json", CELERY_BROKER_URL=node.url)
+    finished = drive("--json", CELERY_BROKER_URL=fresh)
     # Then every lesson passes, and the worker that it started is gone
     lessons = outcomes(finished)
     assert {name: lesson["reason"] for name, lesson in lessons.items() if lesson["status"] != "passed"} == {}
@@ -113,13 +113,13 @@ def test_the_words_of_a_real_folder(rabbitmq: str, worker: Worker) -> None:
 
 
 @pytest.mark.parametrize("pool", ["threads", "solo"])
-def test_no_lesson_kills_a_worker_without_processes(node: Node, tmp_path: Path, pool: str) -> None:
-    with Worker(node.url, tmp_path, "-P", pool, "-c2") as worker:
-        finished = drive("--json", "hello", "failures", "crash", "poison", CELERY_BROKER_URL=node.url)
+def test_no_lesson_kills_a_worker_without_processes(fresh: str, tmp_path: Path, pool: str) -> None:
+    with Worker(fresh, tmp_path, "-P", pool, "-c2") as worker:
+        finished = drive("--json", "hello", "failures", "crash", "poison", CELERY_BROKER_URL=fresh)
         status = {name: lesson["status"] for name, lesson in outcomes(finished).items()}
         assert status == {"hello": "passed", "failures": "passed", "crash": "skipped", "poison": "skipped"}
         assert worker.running()
-        drive("--json", "failures", CELERY_BROKER_URL=node.url)
+        drive("--json", "failures", CELERY_BROKER_URL=fresh)
 
 
 def test_beat_publishes_its_periodic_task(rabbitmq: str, worker: Worker, shop: Any, tmp_path: Path) -> None:
@@ -141,11 +141,11 @@ def test_beat_publishes_its_periodic_task(rabbitmq: str, worker: Worker, shop: A
 
 
 @pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupted_run_leaves_no_worker(node: Node, sign: signal.Signals) -> None:
+def test_an_interrupted_run_leaves_no_worker(fresh: str, sign: signal.Signals) -> None:
     before = workers_running()
     with subprocess.Popen(
         [sys.executable, str(PROJECT / "run_tasks.py"), "parallel"],
-        env=clean_environment(CELERY_BROKER_URL=node.url),
+        env=clean_environment(CELERY_BROKER_URL=fresh),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -194,30 +194,30 @@ def test_a_wrong_password_and_a_wrong_virtual_host(rabbitmq: str) -> None:
     assert "no-such-vhost" in told(drive("hello", CELERY_BROKER_URL=wrong_host))
 
 
-def test_a_queue_with_other_arguments(node: Node, tmp_path: Path) -> None:
+def test_a_queue_with_other_arguments(fresh: str, tmp_path: Path) -> None:
     # Given a queue of the name of ours, as an older version of this project might have made it
-    with Connection(node.url) as connection:
+    with Connection(fresh) as connection:
         Queue("default")(connection.channel()).declare()
     # Then the driver names it and the cure, and a worker does not start
-    cause = told(drive("hello", CELERY_BROKER_URL=node.url))
+    cause = told(drive("hello", CELERY_BROKER_URL=fresh))
     assert "inequivalent arg" in cause
     assert "'default'" in cause
-    stopped = celery(node.url, "worker", "-lwarning", "-Psolo")
+    stopped = celery(fresh, "worker", "-lwarning", "-Psolo")
     assert stopped.returncode != 0
     assert "celery -A tasks amqp queue.delete" in stopped.stderr
     # And the cure works
-    assert celery(node.url, "amqp", "queue.delete", "default").returncode == 0
-    assert drive("hello", CELERY_BROKER_URL=node.url).returncode == 0
+    assert celery(fresh, "amqp", "queue.delete", "default").returncode == 0
+    assert drive("hello", CELERY_BROKER_URL=fresh).returncode == 0
 
 
-def test_a_worker_that_never_answers(node: Node, tmp_path: Path) -> None:
+def test_a_worker_that_never_answers(fresh: str, tmp_path: Path) -> None:
     # Given a worker that does not consume from the queue of the lesson
-    with Worker(node.url, tmp_path, "-Q", "priority", "-c1"):
+    with Worker(fresh, tmp_path, "-Q", "priority", "-c1"):
         code = "import run_tasks; run_tasks.TIMEOUT = 2; run_tasks.main()"
         waited = subprocess.run(
             [sys.executable, "-c", code, "hello"],
             cwd=PROJECT,
-            env=clean_environment(CELERY_BROKER_URL=node.url),
+            env=clean_environment(CELERY_BROKER_URL=fresh),
             check=False,
             capture_output=True,
             text=True,
@@ -245,13 +245,13 @@ def test_a_broker_that_dies_during_a_lesson(node: Node, tmp_path: Path) -> None:
 
 
 # --- What makes the tasks safe ------------------------------------------------------------------
-def test_the_topology_is_there_before_any_worker(node: Node) -> None:
+def test_the_topology_is_there_before_any_worker(fresh: str) -> None:
     # Given a RabbitMQ that has never seen a worker
     code = "import tasks; tasks.remind.apply_async(('Ada',), countdown=2, ignore_result=True)"
-    environment = clean_environment(CELERY_BROKER_URL=node.url)
+    environment = clean_environment(CELERY_BROKER_URL=fresh)
     subprocess.run([sys.executable, "-c", code], cwd=PROJECT, env=environment, check=True, timeout=30)
     # When a delayed task is published, then it arrives
-    until(lambda: depth(node.url, "default") == 1, 10)
+    until(lambda: depth(fresh, "default") == 1, 10)
 
 
 @pytest.mark.parametrize(
@@ -267,7 +267,7 @@ def test_no_delay_is_too_short(worker: Worker, shop: Any, delay: dict[str, float
     assert ran - started >= max(delay.values()) - 0.01
 
 
-def test_a_retry_with_a_short_countdown_is_not_lost(node: Node, tmp_path: Path) -> None:
+def test_a_retry_with_a_short_countdown_is_not_lost(fresh: str, tmp_path: Path) -> None:
     # Given a task of a user of this project, who retries it after half a second
     (tmp_path / "short.py").write_text(
         "from tasks import app\n"
@@ -277,7 +277,7 @@ def test_a_retry_with_a_short_countdown_is_not_lost(node: Node, tmp_path: Path) 
         "        raise self.retry(countdown=0.5)\n"
         "    return self.request.retries\n"
     )
-    environment = clean_environment(CELERY_BROKER_URL=node.url, PYTHONPATH=f"{PROJECT}{os.pathsep}{tmp_path}")
+    environment = clean_environment(CELERY_BROKER_URL=fresh, PYTHONPATH=f"{PROJECT}{os.pathsep}{tmp_path}")
     command = [sys.executable, "-m", "celery", "-A", "short", "worker", "-Psolo", "-lwarning"]
     with subprocess.Popen(
         command, env=environment, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
@@ -343,24 +343,24 @@ def test_a_replayed_dead_letter_reaches_its_caller(rabbitmq: str, worker: Worker
 
 
 # --- Publishing in bulk -------------------------------------------------------------------------
-def test_bulk_publishing_publishes_each_task_once(node: Node) -> None:
+def test_bulk_publishing_publishes_each_task_once(fresh: str) -> None:
     # Given no worker, and more tasks than fit the window
     code = (
         "import tasks\n"
         "print(tasks.publish_in_bulk((tasks.check_price.s(i) for i in range(2_345)), window=100))\n"
         "print(tasks.publish_in_bulk([]))"
     )
-    environment = clean_environment(CELERY_BROKER_URL=node.url)
+    environment = clean_environment(CELERY_BROKER_URL=fresh)
     printed = subprocess.run(
         [sys.executable, "-c", code], cwd=PROJECT, env=environment, capture_output=True, text=True, check=True
     )
     assert printed.stdout == "2345\n0\n"
-    assert depth(node.url, "default") == 2345
+    assert depth(fresh, "default") == 2345
 
 
-def test_bulk_publishing_tells_of_a_refused_task(node: Node) -> None:
+def test_bulk_publishing_tells_of_a_refused_task(fresh: str) -> None:
     # Given a queue that takes ten messages and refuses more
-    celery(node.url, "inspect", "ping", "-t", "0.1")
+    celery(fresh, "inspect", "ping", "-t", "0.1")
     code = (
         "import tasks, celeryconfig\n"
         "from kombu.exceptions import OperationalError\n"
@@ -370,7 +370,7 @@ def test_bulk_publishing_tells_of_a_refused_task(node: Node) -> None:
         "except OperationalError as error:\n"
         "    print(error)\n"
     )
-    environment = clean_environment(CELERY_BROKER_URL=node.url)
+    environment = clean_environment(CELERY_BROKER_URL=fresh)
     printed = subprocess.run(
         [sys.executable, "-c", code], cwd=PROJECT, env=environment, capture_output=True, text=True, check=True
     )
