@@ -36,18 +36,20 @@ def read_env_file(path: Path) -> None:
         stop(f"{path} can't be read: {error}", "compare it with .env.example, or remove it")
     if broken:
         stop(f"{path}, line {', '.join(broken)}: not NAME=value", "compare it with .env.example")
-    load_dotenv(path)
+    load_dotenv(path, interpolate=False)  # a "$" is a "$", as in single quotes for Docker Compose
 
 
 def checked_url(variable: str, url: str) -> str:
     """Return the broker URL (several with ";" between them); stop at one that Celery can't use."""
-    cure = f"correct {variable} as .env.example shows"
+    cure = f"correct {variable} as .env.example shows; a special sign in a password is written %XX"
     for part in url.split(";"):
         try:
-            scheme, _port = urlsplit(part).scheme, urlsplit(part).port
+            scheme, port = urlsplit(part).scheme, urlsplit(part).port
         except ValueError:  # its text may quote a piece of the password
-            stop(f"{variable}: the port is no number from 0 to 65535", cure)
-        if scheme not in ("amqp", "amqps", "memory"):
+            port = 0
+        if port == 0:
+            stop(f"{variable}: the port is no number from 1 to 65535", cure)
+        if scheme not in ("amqp", "amqps") and part != "memory://":
             stop(f"{variable}: the URL does not start with amqp:// or amqps://", cure)
     return url
 
@@ -55,10 +57,10 @@ def checked_url(variable: str, url: str) -> str:
 read_env_file(Path(__file__).with_name(".env"))
 
 # --- The broker and the result backend ----------------------------------------------------------
-_user, _password = (
-    quote(os.environ.get(name) or "guest", safe="") for name in ("RABBITMQ_USER", "RABBITMQ_PASSWORD")
-)
+_user = quote(os.environ.get("RABBITMQ_USER") or "guest", safe="")
+_password = quote(os.environ.get("RABBITMQ_PASSWORD") or "guest", safe="")
 _host = os.environ.get("RABBITMQ_HOST") or "127.0.0.1"
+_host = f"[{_host}]" if ":" in _host else _host
 _port = os.environ.get("RABBITMQ_PORT") or "5672"
 if os.environ.get("CELERY_BROKER_URL"):
     broker_url = checked_url("CELERY_BROKER_URL", os.environ["CELERY_BROKER_URL"])
@@ -87,7 +89,7 @@ dead_letters = Queue(
 _tasks = Exchange("tasks", "topic", arguments={"alternate-exchange": unrouted.exchange.name})
 
 
-def _queue(name: str, **arguments: Any) -> Queue:
+def _queue(name: str, arguments: dict[str, Any]) -> Queue:
     """Describe a work queue. A name has no dots: `low` would take the delayed tasks of `a.low`."""
     arguments |= {"x-dead-letter-exchange": dead_letters.exchange.name, "x-overflow": "reject-publish"}
     return Queue(name, _tasks, routing_key=name, queue_arguments=arguments)
@@ -100,16 +102,18 @@ _delivery_limit = poison_limit + 2
 
 task_queues = [
     # Quorum queues live on several nodes of a cluster: without, one dead node loses the queue.
-    # "at-least-once": without, a dead letter on its way can be lost.
     # https://www.rabbitmq.com/docs/quorum-queues
     _queue(
         "default",
-        **{"x-queue-type": "quorum", "x-delivery-limit": _delivery_limit},
-        **{"x-dead-letter-strategy": "at-least-once"},
+        {
+            "x-queue-type": "quorum",
+            "x-delivery-limit": _delivery_limit,
+            "x-dead-letter-strategy": "at-least-once",  # without: a dead letter on its way can be lost
+        },
     ),
     # Classic, since quorum queues know priorities from RabbitMQ 4.3 on only: urgent work would wait.
     # https://www.rabbitmq.com/docs/priority
-    _queue("priority", **{"x-queue-type": "classic", "x-max-priority": 9}),
+    _queue("priority", {"x-queue-type": "classic", "x-max-priority": 9}),
 ]
 task_default_queue = task_default_routing_key = "default"
 task_default_exchange, task_default_exchange_type = _tasks.name, _tasks.type
@@ -155,7 +159,7 @@ broker_heartbeat = 30
 control_queue_exclusive, control_queue_durable = False, True
 
 # --- Periodic tasks, published by `celery -A tasks beat` ----------------------------------------
-# "expires": without, they pile up while no worker runs. Both in seconds.
+# "expires": without, a worker that was away for a day runs them all; so they are dead letters. Seconds.
 beat_schedule = {
     "report stock": {"task": "tasks.report_stock", "schedule": 10.0, "options": {"expires": 10.0}}
 }

@@ -57,7 +57,7 @@ class SafeTask(Task[Any, Any]):
         """
         deliveries = (self.request.headers or {}).get("x-delivery-count", 0)
         if deliveries >= celeryconfig.poison_limit:
-            raise PoisonError(f"{self.name} was lost with its process {deliveries} times")
+            raise PoisonError(f"{self.name} was delivered {deliveries} times before, and never finished")
 
     def apply_async(self, *args: Any, **options: Any) -> Any:
         """Publish the task as Task.apply_async does, after the topology, and never with a delay < 1 s.
@@ -83,7 +83,7 @@ def declare_topology(connection: Connection) -> None:
     """Declare each queue that `celeryconfig` names, and the delay queues of Celery.
 
     They must be there before the first message. Raises amqp.PreconditionFailed (406) where one
-    exists with other arguments.
+    exists with other arguments, another amqp.AMQPError where the user may not declare it.
     """
     queues = [celeryconfig.unrouted, celeryconfig.dead_letters, *celeryconfig.task_queues]
     with connection.channel() as channel:
@@ -97,7 +97,10 @@ def declare_topology(connection: Connection) -> None:
 
 @functools.cache
 def declare_topology_once() -> None:
-    """Declare the topology before a process publishes first. Raises kombu's OperationalError."""
+    """Declare the topology before a process publishes first.
+
+    Raises kombu's OperationalError without RabbitMQ, and what declare_topology raises.
+    """
     with app.connection_for_write() as connection:
         connection.ensure_connection(**app.conf.task_publish_retry_policy)
         declare_topology(connection)
@@ -151,13 +154,7 @@ def publish_in_bulk(signatures: Iterable[Signature], window: int = 1000) -> int:
     # The transport option makes py-amqp wait after each message: here the waiting is done below.
     with app.connection_for_write(transport_options={"confirm_publish": False}) as connection:
         channel: Any = connection.channel()
-        options: dict[str, Any] = {
-            "producer": app.amqp.Producer(channel),
-            "ignore_result": True,
-            "retry": False,
-        }
-        if connection.transport.driver_type != "amqp":  # the embedded broker knows no confirms
-            return sum(task.apply_async(**options) is not None for task in signatures)
+        producer = app.amqp.Producer(channel)
         unconfirmed: dict[int, Signature] = {}  # by delivery tag: the first message has 1, and so on
 
         def confirm(tag: int, multiple: bool) -> None:
@@ -167,21 +164,24 @@ def publish_in_bulk(signatures: Iterable[Signature], window: int = 1000) -> int:
         def refuse(tag: int, multiple: bool) -> None:
             raise OperationalError(f"RabbitMQ refused {unconfirmed[tag]}")
 
-        channel.events["basic_ack"].add(confirm)
-        channel.events["basic_nack"].add(refuse)
-        channel.confirm_select()
+        confirms = connection.transport.driver_type == "amqp"  # the embedded broker knows none
+        if confirms:
+            channel.events["basic_ack"].add(confirm)
+            channel.events["basic_nack"].add(refuse)
+            channel.confirm_select()
         published, remaining = 0, iter(signatures)
-        try:
-            while batch := list(itertools.islice(remaining, window)):
-                unconfirmed.update(enumerate(batch, start=published + 1))
+        while batch := list(itertools.islice(remaining, window)):
+            unconfirmed.update(enumerate(batch, start=published + 1))
+            try:
                 for task in batch:
-                    task.apply_async(**options)
-                while unconfirmed:
+                    task.apply_async(producer=producer, ignore_result=True, retry=False)
+                while confirms and unconfirmed:
                     connection.drain_events()
-                published += len(batch)
-        except connection.connection_errors as error:
-            first = next(iter(unconfirmed.values()))
-            raise OperationalError(f"{len(unconfirmed)} not confirmed, first {first}") from error
+            except (OperationalError, *connection.connection_errors) as error:
+                first = next(iter(unconfirmed.values()))
+                raise OperationalError(f"{len(unconfirmed)} not confirmed, first {first}: {error}") from error
+            published += len(batch)
+            unconfirmed.clear()
     return published
 
 
@@ -203,8 +203,8 @@ def send_email(address: str, seconds: float = 0.5) -> str:
 # --- Real input: customers' reviews, or any text ------------------------------------------------
 @app.task
 def count_words(text: str) -> dict[str, int]:
-    """Return how often each word, in lower case, stands in `text`."""
-    return Counter(re.findall(r"\w+", text.lower()))
+    """Return how often each word, be it in capitals or not, stands in `text`."""
+    return Counter(re.findall(r"\w+", text.casefold()))
 
 
 # --- Workflows: small tasks for a chain, a group and a chord ------------------------------------
@@ -264,7 +264,7 @@ def report_stock() -> None:
     logger.info("Stock: all lamps are there")
 
 
-# --- Failures: each ends with its caller, and as a dead letter ----------------------------------
+# --- Failures: each is told to its caller -------------------------------------------------------
 class OutOfStockError(Exception):
     """There is nothing to ship, yet."""
 
@@ -322,23 +322,11 @@ def check_price(item: int) -> bool:
 
 
 # --- Crashes (only for a prefork pool: anywhere else they kill the worker itself) ---------------
-def kill_this_process() -> None:
-    """End this process at once, as a fault in C code or the kernel's out-of-memory killer would."""
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
 @app.task(bind=True)
-def print_label(self: SafeTask) -> str:
-    """Crash at the first delivery; at the next one return the process that finished the work."""
+def print_label(self: SafeTask, crashes: int) -> str:
+    """Kill its own process at the first `crashes` deliveries, as a fault in C code would; return the last."""
     process = f"{os.getpid()} of {self.request.hostname}"
     self.update_state(state="PRINTING", meta={"process": process})
-    if not (self.request.delivery_info or {}).get("redelivered"):
-        kill_this_process()
+    if (self.request.headers or {}).get("x-delivery-count", 0) < crashes:
+        os.kill(os.getpid(), signal.SIGKILL)
     return process
-
-
-@app.task(bind=True)
-def print_poison(self: SafeTask) -> None:
-    """Crash at each delivery: a poison message."""
-    self.update_state(state="PRINTING", meta={"process": f"{os.getpid()} of {self.request.hostname}"})
-    kill_this_process()

@@ -17,6 +17,7 @@ from kombu import Connection
 from mirakuru.base import Executor
 from typing_extensions import Self
 
+os.environ["PYTHON_DOTENV_DISABLED"] = "1"  # before the project is imported: its .env is the user's own
 PROJECT = Path(__file__).parent.parent
 VARIABLES = ("CELERY_", "RABBITMQ_", "NO_COLOR")
 

@@ -1,7 +1,10 @@
 """The first shelf: functions, configuration and the command line, without any broker."""
 
+import json
 import os
+import re
 import shutil
+import signal
 import subprocess
 import sys
 from collections import Counter
@@ -53,12 +56,13 @@ def test_times_and_names_are_returned() -> None:
     assert isinstance(tasks.worker_name(), str)
 
 
-@pytest.mark.parametrize("task", [tasks.print_label, tasks.print_poison])
-def test_a_crash_kills_its_process(task: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    killed: list[bool] = []
-    monkeypatch.setattr(tasks, "kill_this_process", lambda: killed.append(True))
-    task()
-    assert killed
+def test_a_crash_kills_its_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    killed: list[tuple[int, int]] = []
+    monkeypatch.setattr(os, "kill", lambda *what: killed.append(what))
+    assert str(os.getpid()) in tasks.print_label(0)
+    assert not killed
+    tasks.print_label(1)
+    assert killed == [(os.getpid(), signal.SIGKILL)]
 
 
 # --- The configuration --------------------------------------------------------------------------
@@ -89,7 +93,7 @@ def python_in(folder: Path, code: str, **variables: str) -> "subprocess.Complete
     return subprocess.run(
         [sys.executable, "-c", code],
         cwd=folder,
-        env=clean_environment(**variables),
+        env=clean_environment(PYTHON_DOTENV_DISABLED="0", **variables),
         check=False,
         capture_output=True,
         text=True,
@@ -104,10 +108,14 @@ def test_without_a_word_rabbitmq_is_on_this_machine(tmp_path: Path) -> None:
     assert python_in(tmp_path, PRINT_URL).stdout == "amqp://guest:guest@127.0.0.1:5672//\n"
 
 
+def test_a_host_may_be_an_ipv6_address(tmp_path: Path) -> None:
+    assert "@[::1]:5672" in python_in(tmp_path, PRINT_URL, RABBITMQ_HOST="::1").stdout
+
+
 def test_the_environment_beats_the_env_file(tmp_path: Path) -> None:
-    (tmp_path / ".env").write_text('RABBITMQ_USER=ada\nRABBITMQ_PASSWORD="p@ss/word"\nRABBITMQ_PORT=1\n')
+    (tmp_path / ".env").write_text("RABBITMQ_USER=ada\nRABBITMQ_PASSWORD='p@s$/{word}'\nRABBITMQ_PORT=1\n")
     printed = python_in(tmp_path, PRINT_URL, RABBITMQ_PORT="5673").stdout
-    assert printed == "amqp://ada:p%40ss%2Fword@127.0.0.1:5673//\n"
+    assert printed == "amqp://ada:p%40s%24%2F%7Bword%7D@127.0.0.1:5673//\n"
 
 
 @pytest.mark.parametrize(
@@ -115,6 +123,8 @@ def test_the_environment_beats_the_env_file(tmp_path: Path) -> None:
     [
         ("RABBITMQ_PORT", "secret"),
         ("RABBITMQ_PORT", "70000"),
+        ("RABBITMQ_PORT", "0"),
+        ("CELERY_BROKER_URL", "memory://secret"),
         ("CELERY_BROKER_URL", "http://ada:secret@127.0.0.1"),
         ("CELERY_BROKER_URL", "secret"),
         ("CELERY_BROKER_URL", "amqp://ada:se/secret@127.0.0.1"),
@@ -202,6 +212,7 @@ def test_text_is_cut_between_words_into_bounded_messages(tmp_path: Path) -> None
         "w\u00f6rter \u4e2d\u6587 \U0001f41f " * 9000,
         "Fish sea\n" * 20_000,
         "\tend\u00a0end",
+        json.dumps({f"k\u00e9y-{number}": number for number in range(9000)}, separators=(",", ":")),
     ]
     for number, text in enumerate(texts):
         (tmp_path / f"{number}.txt").write_text(text, encoding="utf-8")
@@ -217,7 +228,7 @@ def test_text_is_cut_between_words_into_bounded_messages(tmp_path: Path) -> None
 
 def test_what_is_no_text_is_skipped_and_named(tmp_path: Path) -> None:
     (tmp_path / "binary").write_bytes(b"GIF89a\0\1")
-    (tmp_path / "endless").write_text("fish " + "x" * 50_000)
+    (tmp_path / "endless").write_text("fish " * 4000 + "x" * 50_000)
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "dangling").symlink_to("nowhere")
     (tmp_path / ".hidden").write_text("hidden")
@@ -225,4 +236,12 @@ def test_what_is_no_text_is_skipped_and_named(tmp_path: Path) -> None:
     files = list(run_tasks.text_files([tmp_path], lambda error: pytest.fail(str(error))))
     texts = list(run_tasks.messages(files, lambda path, error: skipped.update({path.name: str(error)})))
     assert sorted(skipped) == ["binary", "dangling", "endless", "pipe"]
+    assert "".join(texts).count("fish") == 4000
     assert "hidden" not in "".join(texts)
+
+
+def test_the_readme_has_a_command_for_every_lesson() -> None:
+    readme = (PROJECT / "README.md").read_text()
+    for name in run_tasks.LESSONS:
+        assert f"\n### {name}: " in readme
+        assert re.search(rf"\n\$ python run_tasks.py .*\b{name}\b", readme)
