@@ -49,7 +49,7 @@ FOREVER = contextlib.ExitStack()  # never closed: it holds the embedded worker u
 OWN_WORKERS: set[int] = set()  # the process groups of the workers that the driver started
 # What may be wrong around a lesson: it ends the run, with a line on it and one on its cure.
 FAULTS: dict[type[Exception], tuple[str, str]] = {
-    PreconditionFailed: ("RabbitMQ has a queue with other arguments", tasks.INEQUIVALENT_CURE),
+    PreconditionFailed: ("RabbitMQ has it with other arguments", tasks.INEQUIVALENT_CURE),
     AccessRefused: ("RabbitMQ refuses this user or password", "correct RABBITMQ_USER and RABBITMQ_PASSWORD"),
     NotAllowed: ("RabbitMQ has no such place", "rabbitmqctl add_vhost NAME, or correct CELERY_BROKER_URL"),
     AMQPError: ("RabbitMQ says no", "docker compose ps, or rabbitmqctl status"),
@@ -613,7 +613,10 @@ def chosen(arguments: Iterable[str]) -> tuple[list[str], list[Path]]:
             near = difflib.get_close_matches(argument, LESSONS, n=1, cutoff=0)[0]
             stop(f"There is no lesson {argument!r}", f"python run_tasks.py {near} (--list names them all)")
         elif not os.path.lexists(argument):
-            stop(f"There is no file or folder {argument!r}", "python run_tasks.py words README.md")
+            stop(
+                f"There is no file or folder {argument!r}",
+                f"name one that is there, as seen from {Path.cwd()}",
+            )
         else:
             paths.append(Path(argument))
     return names or [name for name in LESSONS if name != "poison"], paths
@@ -628,7 +631,7 @@ def chosen(arguments: Iterable[str]) -> tuple[list[str], list[Path]]:
 def cli(
     context: click.Context, lessons: tuple[str, ...], as_list: bool, embedded: bool, as_json: bool
 ) -> int:
-    """Run the lessons that are named, or all but `poison`, which takes ten seconds.
+    """Run the lessons that are named, or all but `poison`, which takes up to 15 seconds.
 
     Exit status: 0; 1 if a lesson failed; 2 if something around them is wrong.
     """

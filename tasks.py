@@ -106,7 +106,9 @@ def declare_topology_once() -> None:
         declare_topology(connection)
 
 
-INEQUIVALENT_CURE = "delete that queue once it is empty: celery -A tasks amqp queue.delete NAME"
+INEQUIVALENT_CURE = (
+    "delete it once it is empty: celery -A tasks amqp queue.delete NAME (or exchange.delete NAME)"
+)
 
 
 class SafeConsumer(Consumer):
@@ -169,6 +171,7 @@ def publish_in_bulk(signatures: Iterable[Signature], window: int = 1000) -> int:
             channel.events["basic_ack"].add(confirm)
             channel.events["basic_nack"].add(refuse)
             channel.confirm_select()
+        errors: Any = (OperationalError, *connection.connection_errors)
         published, remaining = 0, iter(signatures)
         while batch := list(itertools.islice(remaining, window)):
             unconfirmed.update(enumerate(batch, start=published + 1))
@@ -177,7 +180,7 @@ def publish_in_bulk(signatures: Iterable[Signature], window: int = 1000) -> int:
                     task.apply_async(producer=producer, ignore_result=True, retry=False)
                 while confirms and unconfirmed:
                     connection.drain_events()
-            except (OperationalError, *connection.connection_errors) as error:
+            except errors as error:
                 first = next(iter(unconfirmed.values()))
                 raise OperationalError(f"{len(unconfirmed)} not confirmed, first {first}: {error}") from error
             published += len(batch)
