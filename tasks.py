@@ -107,7 +107,7 @@ def declare_topology_once() -> None:
 
 
 INEQUIVALENT_CURE = (
-    "delete it once it is empty: celery -A tasks amqp queue.delete NAME (or exchange.delete NAME)"
+    "delete it once it is empty: celery -A tasks amqp queue.delete NAME (or exchange.delete NAME no)"
 )
 
 

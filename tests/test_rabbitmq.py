@@ -19,7 +19,7 @@ import psutil
 import pytest
 from amqp import NotFound
 from conftest import PROJECT, Node, Worker, celery, clean_environment, drive, free_port, outcomes, until
-from kombu import Connection, Queue
+from kombu import Connection, Exchange, Queue
 from kombu.exceptions import OperationalError
 
 import celeryconfig
@@ -209,6 +209,13 @@ def test_a_queue_with_other_arguments(fresh: str, tmp_path: Path) -> None:
     # And the cure works
     assert celery(fresh, "amqp", "queue.delete", "default").returncode == 0
     assert drive("hello", CELERY_BROKER_URL=fresh).returncode == 0
+    # Likewise for an exchange
+    assert celery(fresh, "amqp", "exchange.delete", "tasks", "no").returncode == 0
+    with Connection(fresh) as connection:
+        Exchange("tasks", "direct")(connection.channel()).declare()
+    assert "exchange 'tasks'" in told(drive("hello", CELERY_BROKER_URL=fresh))
+    assert celery(fresh, "amqp", "exchange.delete", "tasks", "no").returncode == 0
+    assert drive("routing", CELERY_BROKER_URL=fresh).returncode == 0
 
 
 def test_a_worker_that_never_answers(fresh: str, tmp_path: Path) -> None:
