@@ -528,8 +528,8 @@ def worker() -> Iterator[None]:
 
 def connect() -> str:
     """Declare the topology in RabbitMQ, and return its version. Raises one of FAULTS."""
-    limits = {"read_timeout": 2, "write_timeout": 2}  # seconds: something else may listen there
-    with app.connection_for_write(connect_timeout=2, transport_options=limits) as connection:
+    limits = {"read_timeout": 1.5, "write_timeout": 1.5}  # seconds: something else may listen there
+    with app.connection_for_write(connect_timeout=1.5, transport_options=limits) as connection:
         connection.ensure_connection(max_retries=1, interval_start=0)
         version = connection.connection.server_properties["version"]
         tasks.declare_topology_once()
