@@ -114,14 +114,14 @@ class Node(Program):
 class Worker(Program):
     """A real `celery -A tasks worker`, known by its name, with its log in a file."""
 
-    def __init__(self, url: str, folder: Path, *arguments: str, name: str = "test@localhost") -> None:
-        command = [sys.executable, "-m", "celery", "-A", "tasks", "worker", "-linfo", "-n", name]
-        self.name, self.url = name, url
+    def __init__(self, url: str, folder: Path, *arguments: str, **variables: str) -> None:
+        self.name, self.url = "test@localhost", url
+        command = [sys.executable, "-m", "celery", "-A", "tasks", "worker", "-linfo", "-n", self.name]
         super().__init__(
             [*command, *arguments],
-            folder / f"{name}.log",
+            folder / "worker.log",
             cwd=str(PROJECT),
-            envvars=clean_environment(CELERY_BROKER_URL=url, PYTHONPATH=str(PROJECT)),
+            envvars=clean_environment(**{"CELERY_BROKER_URL": url, "PYTHONPATH": str(PROJECT)} | variables),
             timeout=30,
         )
 
