@@ -130,29 +130,27 @@ class Worker(Program):
         return celery(self.url, "inspect", "active_queues", "-d", self.name, "-t", "0.5").returncode == 0
 
 
-def celery(url: str, *arguments: str) -> "subprocess.CompletedProcess[str]":
-    """Run the `celery` command line to its end."""
+def python(*arguments: str, **variables: str) -> "subprocess.CompletedProcess[str]":
+    """Run Python to its end in the project's folder, in the environment of these variables."""
     return subprocess.run(
-        [sys.executable, "-m", "celery", "-A", "tasks", *arguments],
+        [sys.executable, *arguments],
         cwd=PROJECT,
-        env=clean_environment(CELERY_BROKER_URL=url),
-        check=False,
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-
-
-def drive(*arguments: str, **variables: str) -> "subprocess.CompletedProcess[str]":
-    """Run the driver to its end, as a user does, in the environment of these variables."""
-    return subprocess.run(
-        [sys.executable, str(PROJECT / "run_tasks.py"), *arguments],
         env=clean_environment(**variables),
         check=False,
         capture_output=True,
         text=True,
         timeout=110,
     )
+
+
+def celery(url: str, *arguments: str) -> "subprocess.CompletedProcess[str]":
+    """Run the `celery` command line to its end."""
+    return python("-m", "celery", "-A", "tasks", *arguments, CELERY_BROKER_URL=url)
+
+
+def drive(*arguments: str, **variables: str) -> "subprocess.CompletedProcess[str]":
+    """Run the driver to its end, as a user does."""
+    return python("run_tasks.py", *arguments, **variables)
 
 
 def outcomes(finished: "subprocess.CompletedProcess[str]") -> dict[str, dict[str, Any]]:

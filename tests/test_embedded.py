@@ -11,7 +11,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import PROJECT, clean_environment, drive, free_port, outcomes, until
+from conftest import PROJECT, clean_environment, drive, free_port, outcomes, python, until
 
 import tasks
 
@@ -110,10 +110,7 @@ def test_chords_run_with_a_file_backend(tmp_path: Path) -> None:
 def test_a_lesson_that_does_not_see_what_it_teaches_fails() -> None:
     # Given a task that is wrong
     wrong = "import run_tasks, tasks; tasks.add.run = lambda x, y: 5; run_tasks.main()"
-    command = [sys.executable, "-c", wrong, "--embedded", "hello", "workflows"]
-    failed = subprocess.run(
-        command, cwd=PROJECT, env=clean_environment(), check=False, capture_output=True, text=True, timeout=60
-    )
+    failed = python("-c", wrong, "--embedded", "hello", "workflows")
     assert failed.returncode == 1
     assert "failed: it saw" in failed.stdout
     assert "'result': 5" in failed.stdout

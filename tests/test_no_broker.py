@@ -187,7 +187,7 @@ def test_the_list_names_every_lesson_in_order() -> None:
     ("arguments", "cause", "cure"),
     [
         (["retires"], "'retires'", "run_tasks.py retries"),
-        (["words", "/no/such/file"], "'/no/such/file'", str(Path.cwd())),
+        (["words", "/no/such/file"], "'/no/such/file'", str(PROJECT)),
         (["--no-such-option"], "--no-such-option", "--help"),
     ],
 )

@@ -18,7 +18,18 @@ from typing import Any
 import psutil
 import pytest
 from amqp import NotFound
-from conftest import PROJECT, Node, Worker, celery, clean_environment, drive, free_port, outcomes, until
+from conftest import (
+    PROJECT,
+    Node,
+    Worker,
+    celery,
+    clean_environment,
+    drive,
+    free_port,
+    outcomes,
+    python,
+    until,
+)
 from kombu import Connection, Exchange, Queue
 from kombu.exceptions import OperationalError
 
@@ -222,15 +233,7 @@ def test_a_worker_that_never_answers(fresh: str, tmp_path: Path) -> None:
     # Given a worker that does not consume from the queue of the lesson
     with Worker(fresh, tmp_path, "-Q", "priority", "-c1"):
         code = "import run_tasks; run_tasks.TIMEOUT = 2; run_tasks.main()"
-        waited = subprocess.run(
-            [sys.executable, "-c", code, "hello"],
-            cwd=PROJECT,
-            env=clean_environment(CELERY_BROKER_URL=fresh),
-            check=False,
-            capture_output=True,
-            text=True,
-            timeout=30,
-        )
+        waited = python("-c", code, "hello", CELERY_BROKER_URL=fresh)
         assert told(waited).startswith("No worker answered")
 
 
@@ -256,8 +259,7 @@ def test_a_broker_that_dies_during_a_lesson(node: Node, tmp_path: Path) -> None:
 def test_the_topology_is_there_before_any_worker(fresh: str) -> None:
     # Given a RabbitMQ that has never seen a worker
     code = "import tasks; tasks.remind.apply_async(('Ada',), countdown=2, ignore_result=True)"
-    environment = clean_environment(CELERY_BROKER_URL=fresh)
-    subprocess.run([sys.executable, "-c", code], cwd=PROJECT, env=environment, check=True, timeout=30)
+    python("-c", code, CELERY_BROKER_URL=fresh).check_returncode()
     # When a delayed task is published, then it arrives
     until(lambda: depth(fresh, "default") == 1, 10)
 
@@ -384,17 +386,14 @@ def test_bulk_publishing_publishes_each_task_once(fresh: str) -> None:
         "print(tasks.publish_in_bulk((tasks.check_price.s(i) for i in range(2_345)), window=100))\n"
         "print(tasks.publish_in_bulk([]))"
     )
-    environment = clean_environment(CELERY_BROKER_URL=fresh)
-    printed = subprocess.run(
-        [sys.executable, "-c", code], cwd=PROJECT, env=environment, capture_output=True, text=True, check=True
-    )
+    printed = python("-c", code, CELERY_BROKER_URL=fresh)
+    printed.check_returncode()
     assert printed.stdout == "2345\n0\n"
     assert depth(fresh, "default") == 2345
 
 
 def test_bulk_publishing_tells_of_a_refused_task(fresh: str) -> None:
     # Given a queue that takes ten messages and refuses more
-    celery(fresh, "inspect", "ping", "-t", "0.1")
     code = (
         "import tasks, celeryconfig\n"
         "from kombu.exceptions import OperationalError\n"
@@ -404,10 +403,8 @@ def test_bulk_publishing_tells_of_a_refused_task(fresh: str) -> None:
         "except OperationalError as error:\n"
         "    print(error)\n"
     )
-    environment = clean_environment(CELERY_BROKER_URL=fresh)
-    printed = subprocess.run(
-        [sys.executable, "-c", code], cwd=PROJECT, env=environment, capture_output=True, text=True, check=True
-    )
+    printed = python("-c", code, CELERY_BROKER_URL=fresh)
+    printed.check_returncode()
     assert "refused" in printed.stdout
     assert "tasks.check_price" in printed.stdout
 
@@ -445,14 +442,6 @@ def test_publishing_to_a_broker_that_is_down_fails_soon(node: Node) -> None:
     node.stop()
     code = "import tasks; tasks.add.delay(1, 2)"
     started = time.monotonic()
-    failed = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=PROJECT,
-        env=clean_environment(CELERY_BROKER_URL=node.url),
-        check=False,
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
+    failed = python("-c", code, CELERY_BROKER_URL=node.url)
     assert OperationalError.__name__ in failed.stderr
     assert time.monotonic() - started < 15
