@@ -90,7 +90,11 @@ _tasks = Exchange("tasks", "topic", arguments={"alternate-exchange": unrouted.ex
 
 
 def _queue(name: str, arguments: dict[str, Any]) -> Queue:
-    """Describe a work queue. A name has no dots: `low` would take the delayed tasks of `a.low`."""
+    """Describe a work queue. Without the check: `low` would also take the delayed tasks of `mail.low`."""
+    if "." in name:
+        stop(
+            f"The queue {name!r} has a dot in its name", "take another sign in its place, in celeryconfig.py"
+        )
     arguments |= {"x-dead-letter-exchange": dead_letters.exchange.name, "x-overflow": "reject-publish"}
     return Queue(name, _tasks, routing_key=name, queue_arguments=arguments)
 
@@ -137,10 +141,12 @@ accept_content = ["json"]
 # --- Consuming ----------------------------------------------------------------------------------
 # A task is acknowledged after it ran: without, a killed process takes its task along.
 task_acks_late = task_reject_on_worker_lost = True
-# A failed task becomes a dead letter …
+# A failed task becomes a dead letter. Without: it is gone.
 task_acks_on_failure = False
-# … but not one over its hard time limit, which would be requeued, for ever.
-task_acks_on_timeout = True
+# Without: RabbitMQ takes a task back that is not acknowledged in 30 minutes, and delivers it again, for
+# ever. It may have to wait for one of the other queue. A longer limit needs a longer `consumer_timeout`.
+# https://www.rabbitmq.com/docs/consumers#acknowledgement-timeout
+task_time_limit = 14 * 60  # seconds
 # Without: one worker hoards what another could run, and urgent work waits behind it.
 worker_prefetch_multiplier = 1
 # Without: after a lost connection a task runs twice at once.

@@ -3,6 +3,8 @@
     $ python run_tasks.py                   every lesson
     $ python run_tasks.py retries crash     these two
     $ python run_tasks.py words README.md   count the words of your own files and folders
+    $ python run_tasks.py --dead-letters    list the tasks that failed
+    $ python run_tasks.py --replay [ID]...  run these again, or all of them
 
 It uses the RabbitMQ of `.env` and the workers that answer there. It starts a worker where none does,
 and where there is no RabbitMQ, it runs both inside this process. A lesson that did not see what it
@@ -11,6 +13,7 @@ teaches fails, and so does the run.
 
 import contextlib
 import difflib
+import functools
 import json
 import math
 import os
@@ -22,7 +25,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from datetime import timedelta
+from datetime import timedelta, timezone
 from itertools import groupby, islice
 from pathlib import Path
 from typing import Any, NoReturn
@@ -58,6 +61,7 @@ FAULTS: dict[type[Exception], tuple[str, str]] = {
     ImportError: ("A setting asks for a package that is not there", "correct CELERY_RESULT_BACKEND"),
     OperationalError: ("The connection to RabbitMQ failed", "docker compose ps, or rabbitmqctl status"),
     ConnectionError: ("A connection was cut", "docker compose ps, or rabbitmqctl status"),
+    TimeoutError: ("RabbitMQ does not answer", "rabbitmqctl status tells what it is short of"),
     OSError: ("The system refused", "correct what it names"),
     click.ClickException: ("The command line is wrong", "python run_tasks.py --help"),
 }
@@ -146,26 +150,74 @@ def error_of(result: AsyncResult[Any]) -> dict[str, str]:
     return {"error": type(result.result).__name__, "message": str(result.result)}
 
 
+def letters(channel: Any) -> Iterator[Message]:
+    """Take each dead letter that is there by now. One that is not acknowledged goes back with the channel."""
+    queue = celeryconfig.dead_letters(channel)
+    declared: Any = queue.queue_declare(passive=True)
+    with bar(range(declared.message_count), f"{declared.message_count} dead letters") as waiting:
+        for _ in waiting:
+            if letter := queue.get():
+                yield letter
+
+
 @contextlib.contextmanager
-def dead_letter(task_id: str) -> Iterator[Any]:
-    """Give the dead letter of a task, and its last death. What is not acknowledged goes back after it."""
-    with app.connection_for_write() as connection, connection.channel() as channel:
-        queue, deadline = celeryconfig.dead_letters(channel), time.monotonic() + TIMEOUT
-        while not (letter := queue.get()) or letter.headers.get("id") != task_id:
-            check(time.monotonic() < deadline, f"no dead letter of task {task_id}")
-            if not letter:
-                time.sleep(0.05)  # it is on its way
-        yield letter, letter.headers["x-death"][0]
+def dead_letter(task_id: str) -> Iterator[Message]:
+    """Give the dead letter of a task, when it is there. Raises NotSeenError if it does not come."""
+    deadline = time.monotonic() + TIMEOUT
+    while time.monotonic() < deadline:
+        with app.connection_for_write() as connection, connection.channel() as channel:
+            for letter in letters(channel):
+                if letter.headers.get("id") == task_id:
+                    yield letter
+                    return
+        time.sleep(0.05)  # it is on its way
+    check(as_taught=False, saw=f"no dead letter of task {task_id}")
 
 
-def replay(letter: Message, queue: str) -> None:
-    """Publish a dead letter to a queue; acknowledge it once RabbitMQ has confirmed that."""
-    headers = {name: value for name, value in letter.headers.items() if not name.startswith("x-")}
+def last_death(headers: dict[str, Any]) -> dict[str, Any]:
+    """Return what RabbitMQ noted in a dead letter when it put it there: queue, reason, time."""
+    deaths: list[dict[str, Any]] = headers.get("x-death", [])
+    return deaths[0] if deaths else {"queue": "", "reason": "published here"}
+
+
+def described(letter: Message) -> dict[str, Any]:
+    """Return what a person wants to know of a dead letter."""
+    headers: dict[str, Any] = dict(letter.headers)
+    death = last_death(headers)
+
+    def short(text: object, width: int) -> str:
+        signs = [sign if sign.isprintable() else "?" for sign in str(text)[: width + 1]]
+        return "".join(signs if len(signs) <= width else [*signs[: width - 1], "\u2026"])
+
+    arguments = f"{headers.get('argsrepr', '')} {headers.get('kwargsrepr', '')}".removesuffix(" {}")
+    died = death.get("time", app.now()).replace(tzinfo=timezone.utc)
+    return {
+        "task": short(headers.get("task", "no task"), 40),
+        "id": short(headers.get("id", ""), 36),
+        "arguments": short(arguments.strip() or letter.body, 40),
+        "reason": death["reason"],
+        "queue": death["queue"],
+        "count": 1 + headers.get("replays", 0),
+        "age": str(timedelta(seconds=int((app.now() - died).total_seconds()))),
+    }
+
+
+def replay(letter: Message) -> bool:
+    """Publish a dead letter to the queue that it came from; acknowledge it once RabbitMQ has confirmed that.
+
+    Return whether that could be: not if the queue is none of `celeryconfig.task_queues` (any more).
+    """
+    queue = last_death(letter.headers)["queue"]
+    if queue not in app.amqp.queues:
+        return False
+    headers: dict[str, Any] = {k: v for k, v in letter.headers.items() if not k.startswith("x-")}
+    headers |= {"expires": None, "replays": headers.get("replays", 0) + 1}  # it may run however late
     properties: dict[str, Any] = {**letter.properties, "routing_key": queue}
     del properties["application_headers"]
     channel: Any = letter.channel
     app.amqp.Producer(channel).publish(letter.body, headers=headers, **properties)
     letter.ack()
+    return True
 
 
 def text_files(paths: Iterable[Path], skip: Callable[[OSError], None]) -> Iterator[Path]:
@@ -309,15 +361,18 @@ def progress() -> Rows:
 def retries() -> Rows:
     """A task that fails in passing is tried again, and the delay before it doubles each time."""
     task: Any = tasks.charge_card
+    order = f"order {int(time.time())}"
     before, rows = 0.0, []
-    for number, (at, state, content) in enumerate(watch(task.delay("order 7"), 3, "a busy gateway"), 1):
+    for number, (at, state, content) in enumerate(watch(task.delay(order), 3, "a busy gateway"), 1):
         declared = task.retry_backoff * 2 ** (number - 2) if number > 1 else 0
         row = {"attempt": number, "declared delay, s": declared, "seen, s": at - before, "state": state}
         rows += [{**row, "error": content["exc_message"][0] if state == "RETRY" else ""}]
         check(declared <= at - before + 0.05 < declared + 1.5, rows)  # 0.05: the time to tell of a retry
         before = at
     check([row["state"] for row in rows] == ["RETRY", "RETRY", "SUCCESS"], rows)
-    return rows
+    again = task.delay(order, busy=0).get(timeout=TIMEOUT)
+    check("before" in again, again)
+    return [*rows, {"the same order, charged again": again}]
 
 
 @lesson()
@@ -354,15 +409,16 @@ def failures() -> Rows:
     limits = {"soft": tasks.draw_label.delay(5), "hard": tasks.draw_stubborn_label.delay(5)}
     with bar(limits, "two tasks over their time limit") as waiting:
         rows += [{"failure": f"over its {limit} time limit", **error_of(limits[limit])} for limit in waiting]
-    with dead_letter(limits["soft"].id) as (letter, _):
-        letter.ack()
-    with dead_letter(shipped.id) as (letter, death):
-        age = (app.now().replace(tzinfo=None) - death["time"]).total_seconds()
+    for late in limits.values():
+        with dead_letter(late.id) as letter:
+            letter.ack()
+    with dead_letter(shipped.id) as letter:
+        row = {"dead letter": "ship", "reason": last_death(letter.headers)["reason"]}
         shipped.forget()  # its failure: the next result is the replay's
-        replay(letter, death["queue"])
+        replay(letter)
     value = app.AsyncResult(shipped.id).get(timeout=TIMEOUT)
     check(value == "lamp: shipped", value)
-    return [*rows, {"dead letter": "ship", "reason": death["reason"], "age, s": age, "replayed": value}]
+    return [*rows, {**row, "replayed": value}]
 
 
 @lesson("rabbitmq")
@@ -490,10 +546,10 @@ def poison() -> Rows:
     states = watch(result, celeryconfig.poison_limit + 1, "3 crashes, each noticed within 5 s")
     crashes = [state for _, state, _ in states].count("PRINTING")
     check(crashes == celeryconfig.poison_limit, states)
-    with dead_letter(result.id) as (letter, death):
-        letter.ack()
     row = {"crashes": crashes, "told after, s": states[-1][0], **error_of(result)}
-    return [{**row, "dead letter": death["reason"]}]
+    with dead_letter(result.id) as letter:
+        letter.ack()
+    return [{**row, "dead letter": last_death(letter.headers)["reason"]}]
 
 
 # --- Where the lessons run ----------------------------------------------------------------------
@@ -526,14 +582,30 @@ def worker() -> Iterator[None]:
                 os.killpg(process.pid, signal.SIGKILL)  # nothing is lost: RabbitMQ delivers again
 
 
+@functools.cache
+def tell_blocked(_reason: str) -> None:
+    """Tell, once, that RabbitMQ blocks all who publish.
+
+    https://www.rabbitmq.com/docs/connection-blocked
+    """
+    click.echo("RabbitMQ takes no messages for now: it is short of memory or disk space. Waiting", err=True)
+
+
 def connect() -> str:
     """Declare the topology in RabbitMQ, and return its version. Raises one of FAULTS."""
+    app.conf.broker_transport_options |= {"on_blocked": tell_blocked}
     limits = {"read_timeout": 1.5, "write_timeout": 1.5}  # seconds: something else may listen there
     with app.connection_for_write(connect_timeout=1.5, transport_options=limits) as connection:
         connection.ensure_connection(max_retries=1, interval_start=0)
         version = connection.connection.server_properties["version"]
         tasks.declare_topology_once()
         return f"RabbitMQ {version} at {connection.as_uri()}"  # without the password
+
+
+def no_rabbitmq(error: Exception) -> NoReturn:
+    """Stop, since RabbitMQ is not where it should be."""
+    uri = app.connection_for_write().as_uri()  # without the password
+    stop(f"{uri}: no RabbitMQ there ({error})", "docker compose up -d --wait, or correct .env")
 
 
 def settle(embedded: bool, stack: contextlib.ExitStack) -> str:
@@ -545,9 +617,9 @@ def settle(embedded: bool, stack: contextlib.ExitStack) -> str:
         try:
             where = connect()
         except (OperationalError, OSError) as error:
-            uri = app.connection_for_write().as_uri()
             if named:
-                stop(f"{uri}: no RabbitMQ there ({error})", "docker compose up -d --wait, or correct .env")
+                no_rabbitmq(error)
+            uri = app.connection_for_write().as_uri()
             why = f"no RabbitMQ at {uri}; to start one: docker compose up -d --wait"
     if where:
         WORKERS.update(inspect().stats() or {})
@@ -602,6 +674,35 @@ def run(name: str, paths: list[Path], as_json: bool) -> bool:
     return status != "failed"
 
 
+def tell_dead_letters(ids: tuple[str, ...] | None, as_json: bool) -> None:
+    """List the dead letters; or publish those with these ids again, or with () all of them."""
+    try:
+        connect()
+    except (OperationalError, OSError) as error:
+        no_rabbitmq(error)
+    with app.connection_for_write() as connection, connection.channel() as channel:
+        if ids is None:
+            rows = map(described, letters(channel))
+            while page := list(islice(rows, 100)):
+                click.echo("\n".join(map(json.dumps, page) if as_json else table(page)))
+            return
+        published, left, missing = 0, 0, set(ids)
+        for letter in letters(channel):
+            if not ids or letter.headers.get("id") in ids:
+                missing.discard(letter.headers.get("id"))
+                if replay(letter):
+                    published += 1
+                else:
+                    left += 1
+    click.echo(f"{published} published again")
+    if left:
+        stop(f"{left} came from a queue that is gone", "name it in task_queues of celeryconfig.py")
+    if missing:
+        stop(
+            f"No dead letter of {', '.join(sorted(missing))}", "python run_tasks.py --dead-letters lists them"
+        )
+
+
 def chosen(arguments: Iterable[str]) -> tuple[list[str], list[Path]]:
     """Return the lessons that are asked for, and the paths behind `words`; stop at what is neither."""
     names: list[str] = []
@@ -626,10 +727,21 @@ def chosen(arguments: Iterable[str]) -> tuple[list[str], list[Path]]:
 @click.argument("lessons", nargs=-1, metavar="[LESSON | words [PATH]...]...")
 @click.option("--list", "as_list", is_flag=True, help="Name the lessons, and what each shows.")
 @click.option("--embedded", is_flag=True, help="Run without RabbitMQ, inside this process.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object a lesson.")
+@click.option("--dead-letters", is_flag=True, help="List the tasks that failed, and why.")
+@click.option(
+    "--replay", "as_replay", is_flag=True, help="Publish them again: those with the IDs given, or all."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object a lesson, or a dead letter.")
 @click.pass_context
-def cli(
-    context: click.Context, lessons: tuple[str, ...], as_list: bool, embedded: bool, as_json: bool
+def cli(  # noqa: PLR0913  (an argument for each option)
+    context: click.Context,
+    *,
+    lessons: tuple[str, ...],
+    as_list: bool,
+    embedded: bool,
+    dead_letters: bool,
+    as_replay: bool,
+    as_json: bool,
 ) -> int:
     """Run the lessons that are named, or all but `poison`, which takes up to 15 seconds.
 
@@ -638,6 +750,9 @@ def cli(
     context.color = False if os.environ.get("NO_COLOR") else None
     if as_list:
         click.echo("\n".join(f"{name:<12}{function.__doc__}" for name, (function, _) in LESSONS.items()))
+        return 0
+    if dead_letters or as_replay:
+        tell_dead_letters(lessons if as_replay else None, as_json)
         return 0
     names, paths = chosen(lessons)
     with contextlib.ExitStack() as stack:

@@ -7,31 +7,40 @@ The shop's checkout page must answer at once, while slow work goes on behind it.
 stock are simulated, and say so; counting words and sealing vouchers are real work.
 """
 
+import contextlib
 import functools
+import getpass
 import hashlib
 import itertools
 import os
 import re
 import signal
+import sqlite3
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterable
 from datetime import datetime
-from typing import Any
+from pathlib import Path
+from typing import Any, ClassVar, cast
 
-from amqp import PreconditionFailed
+from amqp import AMQPError, NotFound, PreconditionFailed
+from amqp.exceptions import MessageNacked
 from celery import Celery, Task
-from celery.backends.rpc import RPCBackend
+from celery.app.control import Control
+from celery.backends.rpc import ResultConsumer, RPCBackend
 from celery.canvas import Signature
-from celery.exceptions import WorkerShutdown
+from celery.exceptions import TimeLimitExceeded, WorkerShutdown
 from celery.result import task_join_will_block  # type: ignore[attr-defined]  # the stubs lack it
 from celery.utils.log import get_logger
 from celery.utils.time import maybe_make_aware
 from celery.worker.consumer import Consumer
 from celery.worker.control import inspect_command
-from kombu import Connection, Message, Producer
+from celery.worker.request import Request
+from kombu import Connection, Message, Producer, Queue
 from kombu.common import maybe_declare
 from kombu.exceptions import OperationalError
+from kombu.pidbox import Mailbox
 from kombu.transport.native_delayed_delivery import (
     bind_queue_to_native_delayed_delivery_exchange,
     declare_native_delayed_delivery_exchanges_and_queues,
@@ -40,6 +49,7 @@ from kombu.transport.native_delayed_delivery import (
 import celeryconfig
 
 logger = get_logger(__name__)
+QUORUM = {"x-queue-type": "quorum"}
 
 
 # --- What makes a task safe ---------------------------------------------------------------------
@@ -47,8 +57,28 @@ class PoisonError(Exception):
     """Raised in the place of a task that was delivered too often, for its caller to see."""
 
 
+class SafeRequest(Request):
+    """What a worker knows of one delivery: two failures that Celery would not survive, or not keep.
+
+    https://docs.celeryq.dev/en/stable/userguide/tasks.html#requests-and-custom-requests
+    """
+
+    def on_failure(self, exc_info: Any, *args: Any, **options: Any) -> None:
+        """Keep a task over its hard time limit, or out of memory, as a dead letter.
+
+        Celery acknowledges the first, or delivers it for ever; at a MemoryError the whole worker exits.
+        """
+        error = getattr(exc_info.exception, "exc", exc_info.exception)  # billiard wraps it
+        if isinstance(error, (TimeLimitExceeded, MemoryError)):
+            self.reject(requeue=False)
+        with contextlib.suppress(MemoryError):
+            super().on_failure(exc_info, *args, **options)
+
+
 class SafeTask(Task[Any, Any]):
-    """The class of every task here: a poison guard, and two traps of publishing made harmless."""
+    """The class of every task here: a poison guard, and the traps of publishing made harmless."""
+
+    Request = "tasks:SafeRequest"
 
     def before_start(self, task_id: str, args: Any, kwargs: Any) -> None:
         """Give up a task that took `poison_limit` processes with it, so that no caller waits for ever.
@@ -72,27 +102,71 @@ class SafeTask(Task[Any, Any]):
             options["countdown"] = max(countdown, 1) if countdown > 0 else None
         if not self.app.current_worker_task:  # a worker has declared it already
             declare_topology_once()
-        return super().apply_async(*args, **options)
+        try:
+            return super().apply_async(*args, **options)
+        except OperationalError as error:
+            if isinstance(error.__cause__, MessageNacked):  # its own text is empty
+                raise OperationalError(f"RabbitMQ refused {self.name}: its queue is full") from None
+            raise
 
 
-app = Celery("tasks", task_cls=SafeTask)
+class SafeMailbox(Mailbox):
+    """The queues of remote control, as quorum queues: else a dead node stops a worker of a cluster."""
+
+    def get_queue(self, hostname: str) -> Queue:
+        """Describe the queue that takes the commands for a worker node."""
+        queue = super().get_queue(hostname)
+        queue.queue_arguments = QUORUM
+        return queue
+
+    def get_reply_queue(self) -> Queue:
+        """Describe the queue that takes the answers for a program that asked."""
+        queue = super().get_reply_queue()
+        queue.queue_arguments = QUORUM
+        return queue
+
+
+class SafeControl(Control):
+    """Remote control with these queues."""
+
+    Mailbox = SafeMailbox
+
+
+app = Celery("tasks", task_cls=SafeTask, control=SafeControl)
 app.config_from_object(celeryconfig)
 
 
-def declare_topology(connection: Connection) -> None:
-    """Declare each queue that `celeryconfig` names, and the delay queues of Celery.
+def is_reachable(queue: Queue) -> bool:
+    """Declare a work queue, and tell whether that was done in two seconds.
+
+    It is not for a classic queue whose node in a cluster is down: RabbitMQ says 404, or nothing for a minute.
+    """
+    limits = {"read_timeout": 2}
+    try:
+        with app.connection_for_write(transport_options=limits) as connection:
+            queue(connection.channel()).declare()
+    except (NotFound, TimeoutError):
+        logger.warning("The queue %s can't be used: its RabbitMQ node is down", queue.name)
+        return False
+    return True
+
+
+def declare_topology(connection: Connection) -> list[Queue]:
+    """Declare each queue that `celeryconfig` names, and Celery's delay queues; return those out of reach.
 
     They must be there before the first message. Raises amqp.PreconditionFailed (406) where one
     exists with other arguments, another amqp.AMQPError where the user may not declare it.
     """
-    queues = [celeryconfig.unrouted, celeryconfig.dead_letters, *celeryconfig.task_queues]
     with connection.channel() as channel:
-        for queue in queues:
+        for queue in (celeryconfig.unrouted, celeryconfig.dead_letters):
             queue(channel).declare()
+    unreachable = [queue for queue in celeryconfig.task_queues if not is_reachable(queue)]
     if connection.transport.driver_type == "amqp":
         declare_native_delayed_delivery_exchanges_and_queues(connection, "quorum")
         for queue in celeryconfig.task_queues:
-            bind_queue_to_native_delayed_delivery_exchange(connection, queue)
+            if queue not in unreachable:
+                bind_queue_to_native_delayed_delivery_exchange(connection, queue)
+    return unreachable
 
 
 @functools.cache
@@ -117,15 +191,42 @@ class SafeConsumer(Consumer):
     https://docs.celeryq.dev/en/stable/userguide/configuration.html#worker-consumer
     """
 
+    class Blueprint(Consumer.Blueprint):
+        """The steps in which it starts, without DelayedDelivery: that waits for each node that is down."""
+
+        default_steps: ClassVar = [
+            step for step in Consumer.Blueprint.default_steps if "DelayedDelivery" not in step
+        ]
+
+    left_out: ClassVar[list[Queue]] = []  # queues on a RabbitMQ node that is down
+
     def connect(self) -> Connection:
         """Connect, also again, and declare the topology; a queue with other arguments ends the worker."""
         connection: Connection = super().connect()
         try:
-            declare_topology(connection)
+            for queue in declare_topology(connection):
+                if queue.name in self.app.amqp.queues.consume_from:  # not with the option -Q for others
+                    self.app.amqp.queues.deselect([queue.name])
+                    self.left_out.append(queue)
         except PreconditionFailed as error:
             logger.critical("%s\nCure: %s", error.reply_text, INEQUIVALENT_CURE)
             raise WorkerShutdown(2) from None
+        self.timer.call_after(15, self.take_back)
         return connection
+
+    def take_back(self) -> None:
+        """Consume again from the queues whose node is back; look again after 15 seconds while one is not."""
+        for queue in filter(is_reachable, self.left_out.copy()):
+            self.left_out.remove(queue)
+            self.add_task_queue(queue.name)
+        if self.left_out:
+            self.timer.call_after(15, self.take_back)
+
+    def connection_for_write(self, url: str | None = None, heartbeat: float | None = None) -> Connection:
+        """Connect to publish events, unconfirmed: else a dead monitor's queue stops a worker of a cluster."""
+        unconfirmed = {"confirm_publish": False}
+        connection = self.app.connection_for_write(url, heartbeat=heartbeat, transport_options=unconfirmed)
+        return cast(Connection, self.ensure_connected(connection))
 
     def on_decode_error(self, message: Message, exc: Exception) -> None:
         """Reject the message; Celery's own method acknowledges it, and so drops it."""
@@ -133,8 +234,47 @@ class SafeConsumer(Consumer):
         message.reject()
 
 
+class SafeResultConsumer(ResultConsumer):
+    """What takes results from the reply queue, and acknowledges each when the program has it."""
+
+    _connection: Any
+    _consumer: Any
+
+    def consume_from(self, task_id: str) -> None:
+        """Leave it to drain_events, which can wait for RabbitMQ."""
+
+    def drain_events(self, timeout: float | None = None) -> None:
+        """Take what comes within `timeout` seconds. A lost connection is made again, while somebody waits.
+
+        Raises TimeoutError, upon which `get()` calls again, until its own time is over.
+        """
+        consuming = self._consumer is not None
+        try:
+            if not consuming:
+                self.start("", no_ack=False)
+                self._consumer.register_callback(lambda _, message: message.ack())
+                consuming = True
+            self._connection.drain_events(timeout=timeout)
+        except (AMQPError, OperationalError, OSError) as error:
+            if not (consuming and isinstance(error, TimeoutError)):
+                self._connection.collect()
+                self._connection = self._consumer = None
+                time.sleep(timeout or 1)
+            raise TimeoutError from None
+
+
 class SafeRPCBackend(RPCBackend):
-    """The rpc:// result backend, but a publisher does not wait for ever for a broker that is down."""
+    """The rpc:// result backend, but no result is lost while the program that waits for it lives."""
+
+    ResultConsumer = SafeResultConsumer
+
+    @property
+    def binding(self) -> Queue:
+        """Describe the reply queue: it outlives a connection and a node, and expires after its program."""
+        queue: Queue = self.Queue(
+            self.oid, self.exchange, self.oid, expires=self.expires, queue_arguments=QUORUM
+        )
+        return queue
 
     def on_task_call(self, producer: Producer, task_id: str) -> None:
         """Declare the reply queue, in as many attempts as publishing has; Celery's own never ends."""
@@ -164,14 +304,14 @@ def publish_in_bulk(signatures: Iterable[Signature], window: int = 1000) -> int:
                 del unconfirmed[confirmed]
 
         def refuse(tag: int, multiple: bool) -> None:
-            raise OperationalError(f"RabbitMQ refused {unconfirmed[tag]}")
+            raise OperationalError(f"RabbitMQ refused {unconfirmed[tag]!s:.100}")
 
         confirms = connection.transport.driver_type == "amqp"  # the embedded broker knows none
         if confirms:
             channel.events["basic_ack"].add(confirm)
             channel.events["basic_nack"].add(refuse)
             channel.confirm_select()
-        errors: Any = (OperationalError, *connection.connection_errors)
+        errors: Any = (OperationalError, *connection.connection_errors, *connection.channel_errors)
         published, remaining = 0, iter(signatures)
         while batch := list(itertools.islice(remaining, window)):
             unconfirmed.update(enumerate(batch, start=published + 1))
@@ -181,7 +321,7 @@ def publish_in_bulk(signatures: Iterable[Signature], window: int = 1000) -> int:
                 while confirms and unconfirmed:
                     connection.drain_events()
             except errors as error:
-                first = next(iter(unconfirmed.values()))
+                first = f"{next(iter(unconfirmed.values()))!s:.100}"
                 raise OperationalError(f"{len(unconfirmed)} not confirmed, first {first}: {error}") from error
             published += len(batch)
             unconfirmed.clear()
@@ -239,18 +379,34 @@ def pack_order(self: SafeTask, items: int, seconds: float = 0.2) -> int:
     return items
 
 
-# --- Retries: each later than the one before ----------------------------------------------------
+# --- Retries: each later than the one before; and a payment that is made once, however often it runs
 class GatewayBusyError(Exception):
     """The payment gateway asks to come back later."""
+
+
+BOOKS = Path(tempfile.gettempdir(), f"simulated-gateway-of-{getpass.getuser()}.sqlite3")
+
+
+def charge_once(order: str) -> bool:
+    """Charge an order at the simulated gateway, whose books hold it once; tell whether it was new to them."""
+    with contextlib.closing(sqlite3.connect(BOOKS)) as books, books:
+        books.execute("CREATE TABLE IF NOT EXISTS charges (order_number PRIMARY KEY)")
+        return books.execute("INSERT OR IGNORE INTO charges VALUES (?)", (order,)).rowcount == 1
 
 
 # Without jitter, so that the lesson can foretell each delay. In earnest keep Celery's default, a
 # random delay up to that one: then a thousand tasks do not come back at the same moment.
 @app.task(bind=True, autoretry_for=(GatewayBusyError,), retry_backoff=1, max_retries=5, retry_jitter=False)
 def charge_card(self: SafeTask, order: str, busy: int = 2) -> str:
-    """Charge a card at a simulated gateway that is busy `busy` times. Raises GatewayBusyError."""
+    """Charge a card at a simulated gateway that is busy `busy` times. Raises GatewayBusyError.
+
+    The number of the order is its idempotency key: a task that is delivered twice, or published
+    twice by a caller who was not sure, pays once.
+    """
     if self.request.retries < busy:
         raise GatewayBusyError(f"attempt {self.request.retries + 1} of {order}: gateway busy")
+    if not charge_once(order):
+        return f"{order} was paid before"
     return f"{order} paid at attempt {self.request.retries + 1}"
 
 

@@ -7,24 +7,28 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
-from kombu import Connection
+from kombu import Connection, Queue
 from mirakuru.base import Executor
 from typing_extensions import Self
 
 os.environ["PYTHON_DOTENV_DISABLED"] = "1"  # before the project is imported: its .env is the user's own
 PROJECT = Path(__file__).parent.parent
+SCRATCH = tempfile.TemporaryDirectory(prefix="celery-rabbitmq-tests-")  # for what the programs leave behind
 VARIABLES = ("CELERY_", "RABBITMQ_", "NO_COLOR")
 
 
 def clean_environment(**variables: str) -> dict[str, str]:
     """Return the environment without what would change where the project looks for RabbitMQ."""
-    return {k: v for k, v in os.environ.items() if not k.startswith(VARIABLES)} | variables
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(VARIABLES)}
+    return kept | {"TMPDIR": SCRATCH.name} | variables
 
 
 def until(condition: Callable[[], Any], seconds: float = 30) -> Any:
@@ -75,22 +79,28 @@ class Program(Executor):
 class Node(Program):
     """A RabbitMQ node on free ports of the loopback interface, with its data in a folder of its own."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, **variables: str) -> None:
         self.port, distribution, epmd = (free_port() for _ in range(3))
+        self.name = f"test-{self.port}@localhost"
         self.url = f"amqp://guest:guest@127.0.0.1:{self.port}//"
         (folder / "plugins").write_text("[].")
-        (folder / "rabbitmq.conf").write_text(f"listeners.tcp.1 = 127.0.0.1:{self.port}\n")
+        self.configuration = folder / "rabbitmq.conf"
+        self.configuration.write_text(
+            f"listeners.tcp.1 = 127.0.0.1:{self.port}\n"
+            "max_message_size = 16777216\n"  # bytes: what RabbitMQ 4 has by default
+        )
         self.environment = clean_environment(
             HOME=str(folder),
             ERL_EPMD_PORT=str(epmd),
             ERL_EPMD_ADDRESS="127.0.0.1",
-            RABBITMQ_NODENAME=f"test-{self.port}@localhost",
+            RABBITMQ_NODENAME=self.name,
             RABBITMQ_DIST_PORT=str(distribution),
-            RABBITMQ_CONFIG_FILE=str(folder / "rabbitmq.conf"),
+            RABBITMQ_CONFIG_FILE=str(self.configuration),
             RABBITMQ_MNESIA_BASE=str(folder / "data"),
             RABBITMQ_LOG_BASE=str(folder / "log"),
             RABBITMQ_ENABLED_PLUGINS_FILE=str(folder / "plugins"),
         )
+        self.environment |= variables
         command = [rabbitmq_program("rabbitmq-server")]
         super().__init__(command, folder / "output", envvars=self.environment, timeout=60)
 
@@ -159,6 +169,27 @@ def outcomes(finished: "subprocess.CompletedProcess[str]") -> dict[str, dict[str
     return {lesson["lesson"]: lesson for lesson in lessons}
 
 
+def take(url: str, queue: Queue, number: int = 1) -> list[Any]:
+    """Wait for messages of a queue, and take them out."""
+    with Connection(url) as connection, connection.channel() as channel:
+        messages = [until(queue(channel).get) for _ in range(number)]
+        for message in messages:
+            message.ack()
+    return messages
+
+
+def depth(url: str, queue: str) -> int:
+    """Return how many messages wait in a queue."""
+    with Connection(url) as connection, connection.channel() as channel:
+        declared: Any = Queue(queue)(channel).queue_declare(passive=True)
+        return int(declared.message_count)
+
+
+def is_empty(url: str, queue: str) -> bool:
+    """Tell whether no message waits in a queue."""
+    return depth(url, queue) == 0
+
+
 @pytest.fixture(scope="session")
 def session_node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Node]:
     """Run the node that all tests share which do not break it."""
@@ -185,6 +216,28 @@ def node(tmp_path: Path) -> Iterator[Node]:
     """Run a node that the test may break."""
     with Node(tmp_path) as node:
         yield node
+
+
+@pytest.fixture
+def cluster(tmp_path: Path) -> Iterator[list[Node]]:
+    """Run three nodes that are one cluster, and that the test may break."""
+    shared = {"HOME": str(tmp_path), "ERL_EPMD_PORT": str(free_port())}  # the cookie is in HOME
+    nodes = []
+    for number in range(3):
+        (tmp_path / f"node{number}").mkdir()
+        nodes.append(Node(tmp_path / f"node{number}", **shared))
+    (tmp_path / ".erlang.cookie").write_text("cluster")
+    (tmp_path / ".erlang.cookie").chmod(0o600)
+    formation = "cluster_formation.peer_discovery_backend = classic_config\n" + "".join(
+        f"cluster_formation.classic_config.nodes.{number} = {node.name}\n"
+        for number, node in enumerate(nodes)
+    )
+    for node in nodes:
+        node.configuration.write_text(node.configuration.read_text() + formation)
+    with ThreadPoolExecutor() as pool, contextlib.ExitStack() as running:
+        for started in pool.map(Node.start, nodes):
+            running.callback(started.stop)
+        yield nodes
 
 
 @pytest.fixture(scope="session")

@@ -1,73 +1,140 @@
 """Break a part under load, and look at what is left: no task that was accepted may be lost.
 
-A publisher hands over 1,000 tasks, each of which writes its number to a ledger on disk. In the middle
-of it something dies. A publish that raised an error is the publisher's to repeat, and is not counted.
+A publisher hands over 1,000 tasks, each of which writes its number to a ledger on disk, and asks for
+their results. In the middle of it something dies. Afterwards every accepted task stands in the ledger,
+every result has arrived, and no queue holds a message. A publish that raised an error is the
+publisher's to repeat: it is counted as refused. `-s` shows what each fault did.
 """
 
+import json
 import os
 import signal
 import subprocess
 import sys
+import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
-from conftest import PROJECT, Node, Worker, clean_environment, until
-from kombu import Connection, Queue
+from conftest import (
+    PROJECT,
+    Node,
+    Worker,
+    celery,
+    clean_environment,
+    is_empty,
+    python,
+    take,
+    until,
+)
+
+import celeryconfig
 
 TASKS = 1000
 
 LEDGER = '''
-import os, sys, time
+import json, os, sys, time
 from kombu.exceptions import OperationalError
 from tasks import app
 
-@app.task(ignore_result=True)
+@app.task
 def note(number):
-    """Take a hundredth of a second, and write a number to the ledger."""
+    """Take a hundredth of a second, and write a number and the time to the ledger."""
     time.sleep(0.01)
     ledger = os.open(os.environ["LEDGER"], os.O_WRONLY | os.O_APPEND | os.O_CREAT)
-    os.write(ledger, b"%d\\n" % number)
+    os.write(ledger, b"%d %f\\n" % (number, time.time()))
     os.close(ledger)
+    return number
+
+@app.task(time_limit=1)
+def hang():
+    """Run over its hard time limit."""
+    time.sleep(60)
+
+@app.task(bind=True)
+def linger(self):
+    """Take a minute, but not when it is delivered again."""
+    if not self.request.delivery_info["redelivered"]:
+        time.sleep(60)
+    return "finished"
 
 if __name__ == "__main__":
     import ledger
+    results, refused = {}, []
     for number in range(int(sys.argv[1])):
+        time.sleep(float(sys.argv[2]))
         try:
-            ledger.note.delay(number)
-        except OperationalError:
-            continue  # refused, and told so
-        print(number, flush=True)
+            results[number] = ledger.note.delay(number)
+        except OperationalError as error:
+            refused.append(repr(error))
+        print(len(results), flush=True)
+    wrong = [n for n, result in results.items() if result.get(timeout=120) != n]
+    print(json.dumps({"accepted": list(results), "refused": refused, "wrong": wrong}))
 '''
 
 
 class Shop:
     """A publisher and a worker at work, on a broker and with a ledger of their own."""
 
-    def __init__(self, url: str, folder: Path) -> None:
+    def __init__(self, url: str, folder: Path, *arguments: str) -> None:
         (folder / "ledger.py").write_text(LEDGER)
-        self.url, self.folder, self.ledger = url, folder, folder / "ledger"
+        self.url, self.folder, self.ledger, self.arguments = url, folder, folder / "ledger", arguments
         self.variables = {"LEDGER": str(self.ledger), "PYTHONPATH": f"{folder}{os.pathsep}{PROJECT}"}
         self.worker = self.new_worker()
 
     def new_worker(self) -> Worker:
         """Return a worker of four processes that is not started yet."""
-        return Worker(self.url, self.folder, "-c4", "--include", "ledger", **self.variables)
+        arguments = ("-c4", "--include", "ledger", *self.arguments)
+        return Worker(self.url, self.folder, *arguments, **self.variables)
+
+    def lines(self) -> list[tuple[int, float]]:
+        """Return each number of the ledger, with the time when it was written."""
+        text = self.ledger.read_text() if self.ledger.exists() else ""
+        return [(int(line.split()[0]), float(line.split()[1])) for line in text.splitlines()]
 
     def done(self) -> Counter[int]:
         """Return how often each number stands in the ledger."""
-        return Counter(map(int, self.ledger.read_text().split())) if self.ledger.exists() else Counter()
+        return Counter(number for number, _ in self.lines())
+
+    def publisher(self) -> list[str]:
+        """Return what the publisher has printed: at each attempt, how many were accepted by then."""
+        return (self.folder / "publisher").read_text().splitlines()
 
     def after(self, number: int) -> None:
         """Wait until so many tasks have run."""
-        until(lambda: len(self.done()) >= number, 60)
+        until(lambda: len(self.done()) >= number, 90)
+
+    def run(self, code: str) -> str:
+        """Run Python code that may import the ledger, and return what it prints."""
+        finished = python("-c", code, CELERY_BROKER_URL=self.url, **self.variables)
+        assert finished.returncode == 0, finished.stderr
+        return finished.stdout
+
+    def pause(self) -> float:
+        """Return the longest time without a task, in seconds: how long the fault stopped the work."""
+        times = sorted(at for _, at in self.lines())
+        return max(later - earlier for earlier, later in pairwise(times))
 
 
-def pool_processes_are_killed(shop: Shop, _node: Node) -> None:
-    """Kill ten processes of the pool, one after another, under load."""
+def everything(pid: int) -> list[psutil.Process]:
+    """Return a process and all that come from it."""
+    return [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
+
+
+def end(worker: Worker, sign: signal.Signals) -> None:
+    """Send a worker's main process a signal, and wait until it is gone."""
+    assert worker.process
+    worker.process.send_signal(sign)
+    until(lambda: worker.process is None or worker.process.poll() is not None, 40)
+
+
+# --- Workers ------------------------------------------------------------------------------------
+def pool_processes_are_killed(shop: Shop, _nodes: list[Node]) -> None:
+    """Kill ten processes of the pool, one after another."""
     assert shop.worker.process
     for kill in range(10):
         shop.after(100 + 50 * kill)
@@ -75,7 +142,7 @@ def pool_processes_are_killed(shop: Shop, _node: Node) -> None:
         children[kill % len(children)].kill()
 
 
-def the_worker_is_killed(shop: Shop, _node: Node) -> None:
+def the_worker_is_killed(shop: Shop, _nodes: list[Node]) -> None:
     """Kill the worker with all its processes, and start another of the same name."""
     shop.after(200)
     shop.worker.kill()
@@ -83,66 +150,252 @@ def the_worker_is_killed(shop: Shop, _node: Node) -> None:
     shop.worker.start()
 
 
-def the_worker_is_stopped(shop: Shop, _node: Node) -> None:
-    """Stop the worker while it runs tasks, and start another."""
+def the_worker_is_stopped(shop: Shop, _nodes: list[Node]) -> None:
+    """Stop the worker in good order, which finishes what it has begun, and start another."""
     shop.after(200)
-    shop.worker.stop(signal.SIGTERM)
+    end(shop.worker, signal.SIGTERM)
     shop.worker = shop.new_worker()
     shop.worker.start()
 
 
-def connections_are_closed(shop: Shop, node: Node) -> None:
+def the_worker_freezes(shop: Shop, _nodes: list[Node]) -> None:
+    """Stop the worker's processes dead, so that RabbitMQ still holds its connection, and start another."""
+    shop.after(200)
+    assert shop.worker.process
+    frozen = everything(shop.worker.process.pid)
+    for process in frozen:
+        process.suspend()
+    shop.worker = shop.new_worker()
+    shop.worker.start()
+    shop.after(TASKS)
+    for process in reversed(frozen):
+        process.kill()
+
+
+def tasks_hang(shop: Shop, _nodes: list[Node]) -> None:
+    """Put four tasks over their hard time limit between the others: each becomes a dead letter."""
+    shop.after(200)
+    code = (
+        "import ledger\n"
+        "for result in [ledger.hang.delay() for _ in range(4)]:\n"
+        "    try: result.get(timeout=60)\n"
+        "    except Exception as error: print(type(error).__name__)\n"
+    )
+    assert shop.run(code).splitlines() == 4 * ["TimeLimitExceeded"]
+    letters = take(shop.url, celeryconfig.dead_letters, 4)
+    assert [letter.headers["task"] for letter in letters] == 4 * ["ledger.hang"]
+
+
+def nothing_happens(shop: Shop, _nodes: list[Node]) -> None:
+    """Leave it to the arguments of the worker."""
+
+
+# --- RabbitMQ -----------------------------------------------------------------------------------
+def connections_are_closed(shop: Shop, nodes: list[Node]) -> None:
     """Close every connection, as an administrator may."""
     for number in (100, 300):
         shop.after(number)
-        node.control("close_all_connections", "a test")
+        nodes[0].control("close_all_connections", "a test")
 
 
-def the_broker_is_killed(shop: Shop, node: Node) -> None:
+def rabbitmq_is_restarted(shop: Shop, nodes: list[Node]) -> None:
+    """Stop RabbitMQ in good order, and start it again."""
+    shop.after(200)
+    nodes[0].stop()
+    nodes[0].start()
+
+
+def rabbitmq_is_killed(shop: Shop, nodes: list[Node]) -> None:
     """Kill RabbitMQ, and start it again on its data."""
     shop.after(200)
-    node.kill()
-    node.start()
+    nodes[0].kill()
+    nodes[0].start()
+
+
+def rabbitmq_freezes(shop: Shop, nodes: list[Node]) -> None:
+    """Stop RabbitMQ dead for 20 seconds: its connections stay open, and are silent."""
+    shop.after(200)
+    assert nodes[0].process
+    frozen = everything(nodes[0].process.pid)
+    for process in frozen:
+        process.suspend()
+    time.sleep(20)  # this is the fault
+    for process in frozen:
+        process.resume()
+
+
+def nothing_is_accepted(shop: Shop) -> bool:
+    """Tell whether the publisher made no progress within three seconds."""
+    before = shop.publisher()
+    time.sleep(3)
+    return shop.publisher() == before
+
+
+def memory_runs_out(shop: Shop, nodes: list[Node]) -> None:
+    """Let RabbitMQ run out of memory, as it believes: it blocks all who publish."""
+    shop.after(200)
+    nodes[0].control("set_vm_memory_high_watermark", "0.000001")
+    until(lambda: nothing_is_accepted(shop))
+    nodes[0].control("set_vm_memory_high_watermark", "0.4")
+
+
+def the_disk_is_full(shop: Shop, nodes: list[Node]) -> None:
+    """Let RabbitMQ run out of disk space, as it believes: it blocks all who publish."""
+    shop.after(200)
+    nodes[0].control("set_disk_free_limit", "1000000GB")
+    until(lambda: nothing_is_accepted(shop))
+    nodes[0].control("set_disk_free_limit", "50MB")
+
+
+def the_queue_is_full(shop: Shop, nodes: list[Node]) -> None:
+    """Let nobody consume from a queue of limited length: what exceeds it is refused."""
+    shop.after(200)
+    nodes[0].control("set_policy", "limit", "^default$", '{"max-length": 50}', "--apply-to", "queues")
+    celery(shop.url, "control", "cancel_consumer", "default").check_returncode()
+    until(lambda: shop.publisher()[-1:] == shop.publisher()[-20:-19])  # the last 20 were refused
+    celery(shop.url, "control", "add_consumer", "default").check_returncode()
+
+
+# --- A cluster ----------------------------------------------------------------------------------
+def leader(node: Node, nodes: list[Node]) -> Node:
+    """Return the node of a cluster that leads the queue `default`, as another node sees it."""
+    listed = json.loads(node.control("-q", "list_queues", "name", "leader", "--formatter", "json"))
+    name = next(queue["leader"] for queue in listed if queue["name"] == "default")
+    return next(node for node in nodes if node.name == name)
+
+
+def leaders_are_killed(shop: Shop, nodes: list[Node]) -> None:
+    """Kill the node that leads the work queue; when it is back, the next one."""
+    asked = nodes[0]
+    for number in (200, 500):
+        shop.after(number)
+        dead = leader(asked, nodes)
+        dead.kill()
+        shop.after(number + 150)
+        dead.start()
+        asked = dead
+
+
+def two_of_three_are_killed(shop: Shop, nodes: list[Node]) -> None:
+    """Kill two nodes, so that no majority is left: nothing is accepted until one of them is back."""
+    shop.after(200)
+    for node in nodes[:2]:
+        node.kill()
+    until(lambda: nothing_is_accepted(shop))
+    nodes[0].start()
+    shop.after(400)
+    nodes[1].start()
+
+
+@pytest.fixture(scope="module")
+def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Node]:
+    """Run a node for the faults that it recovers from."""
+    with Node(tmp_path_factory.mktemp("node")) as node:
+        yield node
+
+
+# --- What is left -------------------------------------------------------------------------------
+Fault = Callable[[Shop, list[Node]], None]
+
+
+def break_under_load(fault: Fault, shop: Shop, nodes: list[Node], pace: float = 0) -> None:
+    """Let a fault happen while a publisher and a worker are at work, and check what is left."""
+    # Given a worker and a publisher under load
+    shop.worker.start()
+    command = [sys.executable, str(shop.folder / "ledger.py"), str(TASKS), str(pace)]
+    environment = clean_environment(CELERY_BROKER_URL=shop.url, **shop.variables)
+    try:
+        with (
+            (shop.folder / "publisher").open("w") as output,
+            subprocess.Popen(command, env=environment, stdout=output) as publisher,
+        ):
+            try:
+                # When something dies
+                fault(shop, nodes)
+                assert publisher.wait(timeout=150) == 0
+            finally:
+                publisher.kill()
+        # Then each task that was accepted has run, at least once, and its result has come
+        told = json.loads(shop.publisher()[-1])
+        until(lambda: set(told["accepted"]) <= set(shop.done()), 60)
+        assert told["wrong"] == []
+        # And nothing is left in a queue, or was given up
+        for name in ("default", "dead-letters", "unrouted"):
+            until(partial(is_empty, shop.url, name), 20)
+        accepted, refused = len(told["accepted"]), len(told["refused"])
+        again = sum(count - 1 for count in shop.done().values())
+        print(
+            f"{fault.__name__} {' '.join(shop.arguments)}: {accepted} accepted, {refused} refused, "
+            f"{again} ran again, longest pause {shop.pause():.1f} s"
+        )
+        assert accepted > 200
+    finally:
+        shop.worker.kill()
 
 
 @pytest.mark.parametrize(
-    "fault",
+    ("fault", "arguments"),
     [
-        pool_processes_are_killed,
-        the_worker_is_killed,
-        the_worker_is_stopped,
-        connections_are_closed,
-        the_broker_is_killed,
+        (pool_processes_are_killed, ""),
+        (the_worker_is_killed, ""),
+        (the_worker_is_killed, "--pool threads"),
+        (the_worker_is_killed, "--pool solo"),
+        (the_worker_is_stopped, ""),
+        (the_worker_freezes, ""),
+        (tasks_hang, ""),
+        (nothing_happens, "--max-tasks-per-child 20"),
+        (nothing_happens, "--max-memory-per-child 1"),  # KiB: each process is replaced after each task
     ],
 )
-def test_no_accepted_task_is_lost_when(
-    fault: Callable[[Shop, Node], None], node: Node, tmp_path: Path
+def test_nothing_is_lost_with_a_worker_when(
+    fault: Fault, arguments: str, fresh: str, session_node: Node, tmp_path: Path
 ) -> None:
-    # Given a worker and a publisher under load
-    shop = Shop(node.url, tmp_path)
+    break_under_load(fault, Shop(fresh, tmp_path, *arguments.split()), [session_node])
+
+
+def test_a_soft_shutdown_hands_back_what_it_can_not_finish(fresh: str, tmp_path: Path) -> None:
+    # Given a worker that runs a task of a minute
+    shop = Shop(fresh, tmp_path)
     shop.worker.start()
     try:
         with subprocess.Popen(
-            [sys.executable, str(tmp_path / "ledger.py"), str(TASKS)],
-            env=clean_environment(CELERY_BROKER_URL=node.url, **shop.variables),
+            [sys.executable, "-c", "import ledger; print(ledger.linger.delay().get(timeout=60))"],
+            env=clean_environment(CELERY_BROKER_URL=fresh, **shop.variables),
             stdout=subprocess.PIPE,
             text=True,
-        ) as publisher:
-            # When something dies
-            fault(shop, node)
-            printed, _ = publisher.communicate(timeout=90)
-        # Then each task that was accepted has run, at least once
-        accepted = set(map(int, printed.split()))
-        until(lambda: accepted <= set(shop.done()), 60)
-        # And nothing is left in a queue, or was given up
-        with Connection(node.url) as connection, connection.channel() as channel:
-            for name in ("default", "dead-letters", "unrouted"):
-                queue: Any = Queue(name)(channel)
-                until(lambda queue=queue: queue.queue_declare(passive=True).message_count == 0, 20)  # type: ignore[misc]
-        again = sum(count - 1 for count in shop.done().values())
-        print(
-            f"{fault.__name__}: {len(accepted)} accepted, {TASKS - len(accepted)} refused, {again} ran again"
-        )
-        assert len(accepted) > TASKS // 2
+        ) as caller:
+            until(lambda: "ledger.linger" in celery(fresh, "inspect", "active").stdout)
+            # When it is told to hurry, and ends after worker_soft_shutdown_timeout
+            end(shop.worker, signal.SIGQUIT)
+            # Then the next worker gets the task
+            shop.worker = shop.new_worker()
+            shop.worker.start()
+            assert caller.communicate(timeout=60)[0] == "finished\n"
     finally:
         shop.worker.kill()
+
+
+@pytest.mark.parametrize(
+    ("fault", "arguments"),
+    [
+        (connections_are_closed, ""),
+        (connections_are_closed, "--pool threads"),
+        (connections_are_closed, "--pool solo"),
+        (rabbitmq_is_restarted, ""),
+        (rabbitmq_is_killed, ""),
+        (rabbitmq_freezes, ""),
+        (memory_runs_out, ""),
+        (the_disk_is_full, ""),
+        (the_queue_is_full, ""),
+    ],
+)
+def test_nothing_is_lost_with_rabbitmq_when(fault: Fault, arguments: str, node: Node, tmp_path: Path) -> None:
+    break_under_load(fault, Shop(node.url, tmp_path, *arguments.split()), [node])
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("fault", [leaders_are_killed, two_of_three_are_killed])
+def test_nothing_is_lost_in_a_cluster_when(fault: Fault, cluster: list[Node], tmp_path: Path) -> None:
+    # The broker URL lists all nodes
+    shop = Shop(";".join(node.url for node in cluster), tmp_path)
+    break_under_load(fault, shop, cluster, pace=0.03)  # seconds: the load goes on all the while

@@ -24,37 +24,19 @@ from conftest import (
     Worker,
     celery,
     clean_environment,
+    depth,
     drive,
     free_port,
+    is_empty,
     outcomes,
     python,
+    take,
     until,
 )
 from kombu import Connection, Exchange, Queue
 from kombu.exceptions import OperationalError
 
 import celeryconfig
-
-
-def take(url: str, queue: Queue, number: int = 1) -> list[Any]:
-    """Wait for messages of a queue, and take them out."""
-    with Connection(url) as connection, connection.channel() as channel:
-        messages = [until(queue(channel).get) for _ in range(number)]
-        for message in messages:
-            message.ack()
-    return messages
-
-
-def depth(url: str, queue: str) -> int:
-    """Return how many messages wait in a queue."""
-    with Connection(url) as connection, connection.channel() as channel:
-        declared: Any = Queue(queue)(channel).queue_declare(passive=True)
-        return int(declared.message_count)
-
-
-def is_empty(url: str, queue: str) -> bool:
-    """Tell whether no message waits in a queue."""
-    return depth(url, queue) == 0
 
 
 @pytest.fixture(autouse=True)
@@ -255,6 +237,25 @@ def test_a_broker_that_dies_during_a_lesson(node: Node, tmp_path: Path) -> None:
         assert errors.splitlines()[-1].startswith("Cure: ")
 
 
+def test_a_broker_that_blocks_publishers(node: Node, tmp_path: Path) -> None:
+    # Given a RabbitMQ that believes to be out of memory
+    with Worker(node.url, tmp_path, "-c1"):
+        node.control("set_vm_memory_high_watermark", "0.000001")
+        with subprocess.Popen(
+            [sys.executable, str(PROJECT / "run_tasks.py"), "hello"],
+            env=clean_environment(CELERY_BROKER_URL=node.url),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        ) as process:
+            # Then the driver says so, and goes on when it is over
+            assert process.stderr
+            assert process.stderr.readline().startswith("RabbitMQ takes no messages for now")
+            node.control("set_vm_memory_high_watermark", "0.4")
+            process.communicate(timeout=60)
+        assert process.returncode == 0
+
+
 # --- What makes the tasks safe ------------------------------------------------------------------
 def test_the_topology_is_there_before_any_worker(fresh: str) -> None:
     # Given a RabbitMQ that has never seen a worker
@@ -344,24 +345,6 @@ def test_a_message_that_is_no_task_becomes_a_dead_letter(
     assert bytes(letter.body if isinstance(letter.body, bytes) else letter.body.encode()) == body
     assert letter.headers["x-death"][0]["reason"] == "rejected"
     assert shop.add.delay(1, 2).get(timeout=10) == 3  # and the worker goes on
-
-
-@pytest.mark.parametrize("delay", [None, 1])
-def test_a_replayed_dead_letter_reaches_its_caller(worker: Worker, shop: Any, delay: int | None) -> None:
-    # Given a task that fails, at once or after a delay (its first death was in a delay queue, then)
-    import run_tasks  # noqa: PLC0415
-
-    shipped = shop.ship.apply_async(("lamp", time.time() + 2), countdown=delay)
-    with pytest.raises(shop.OutOfStockError):
-        shipped.get(timeout=10)
-    # When its dead letter is published again, once it can be run
-    shipped.forget()
-    with run_tasks.dead_letter(shipped.id) as (letter, death):
-        assert (death["reason"], death["queue"]) == ("rejected", "default")
-        time.sleep(2)  # the lamp is back in stock
-        run_tasks.replay(letter, death["queue"])
-    # Then its result reaches the caller, and no dead letter is left
-    assert shop.app.AsyncResult(shipped.id).get(timeout=10) == "lamp: shipped"
 
 
 def test_failures_and_chords_with_a_file_backend(fresh: str, tmp_path: Path) -> None:

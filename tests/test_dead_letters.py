@@ -1,0 +1,172 @@
+"""Dead letters: what the driver tells of them, and how it publishes them again."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import PROJECT, Node, Worker, celery, clean_environment, depth, drive, is_empty, python, until
+from kombu import Connection, Exchange
+
+PUBLISH_EXPIRED = (  # nobody consumes them
+    "import sys, tasks\n"
+    "tasks.publish_in_bulk(tasks.check_price.s(i).set(expires=0.001) for i in range(int(sys.argv[1])))\n"
+)
+
+
+def expire(url: str, number: int) -> None:
+    """Publish tasks that expire before anybody runs them, and wait until they are dead letters."""
+    python("-c", PUBLISH_EXPIRED, str(number), CELERY_BROKER_URL=url).check_returncode()
+    until(lambda: depth(url, "dead-letters") == number)
+
+
+def listed(url: str) -> list[dict[str, Any]]:
+    """Return what `--dead-letters --json` prints."""
+    printed = drive("--dead-letters", "--json", CELERY_BROKER_URL=url)
+    assert printed.returncode == 0, printed.stderr
+    return [json.loads(line) for line in printed.stdout.splitlines()]
+
+
+def test_dead_letters_are_listed(fresh: str) -> None:
+    # Given two expired tasks
+    expire(fresh, 2)
+    # When they are listed
+    letters = listed(fresh)
+    # Then each is there with all that is known of it, and stays
+    assert [letter["arguments"] for letter in letters] == ["(0,)", "(1,)"]
+    assert {(x["task"], x["reason"], x["queue"], x["count"]) for x in letters} == {
+        ("tasks.check_price", "expired", "default", 1)
+    }
+    assert all(letter["age"].startswith("0:00:") and len(letter["id"]) == 36 for letter in letters)
+    assert depth(fresh, "dead-letters") == 2
+    # And people read them as a table
+    lines = drive("--dead-letters", CELERY_BROKER_URL=fresh).stdout.splitlines()
+    assert lines[0].split() == ["task", "id", "arguments", "reason", "queue", "count", "age"]
+    assert len(lines) == 3
+
+
+def test_what_is_no_task_is_listed_without_its_control_signs(fresh: str) -> None:
+    drive("--dead-letters", CELERY_BROKER_URL=fresh).check_returncode()  # declares the queue
+    with Connection(fresh) as connection, connection.channel() as channel:
+        producer: Any = connection.Producer(channel, exchange=Exchange("dead-letters", "fanout"))
+        producer.publish(
+            b"\x1b[31mred\x07" + b"x" * 100, content_type="text/plain", content_encoding="binary"
+        )
+        producer.publish({}, headers={"task": "\x1b[2Jred\n", "id": "7"})
+    first, second = listed(fresh)
+    assert (first["task"], first["reason"], first["queue"]) == ("no task", "published here", "")
+    assert len(first["arguments"]) == 40
+    assert (second["task"], second["id"]) == ("?[2Jred?", "7")
+    # They have no queue to go back to
+    replayed = drive("--replay", CELERY_BROKER_URL=fresh)
+    assert (replayed.returncode, replayed.stdout) == (2, "0 published again\n")
+    assert "2 came from a queue that is gone" in replayed.stderr
+    assert depth(fresh, "dead-letters") == 2
+
+
+def test_named_dead_letters_are_replayed(fresh: str, tmp_path: Path) -> None:
+    # Given three dead letters, and a worker
+    expire(fresh, 3)
+    letters = listed(fresh)
+    with Worker(fresh, tmp_path, "-c2"):
+        # When two are replayed, and one that is not there
+        ids = [letters[0]["id"], letters[2]["id"], "no-such-id"]
+        replayed = drive("--replay", *ids, CELERY_BROKER_URL=fresh)
+        # Then these two run, though they are late, and the driver names the one
+        assert replayed.stdout == "2 published again\n"
+        assert replayed.returncode == 2
+        assert "No dead letter of no-such-id\nCure: " in replayed.stderr
+        until(lambda: is_empty(fresh, "default"))
+        assert [letter["id"] for letter in listed(fresh)] == [letters[1]["id"]]
+
+
+def test_a_replay_that_fails_again_is_counted(fresh: str, tmp_path: Path) -> None:
+    # Given a task that fails each time
+    with Worker(fresh, tmp_path, "-c1"):
+        code = "import tasks; tasks.ship.apply_async(('lamp', 1e12), ignore_result=True)"
+        python("-c", code, CELERY_BROKER_URL=fresh).check_returncode()
+        # When it is replayed, twice
+        for _ in range(2):
+            until(lambda: depth(fresh, "dead-letters") == 1)
+            assert drive("--replay", CELERY_BROKER_URL=fresh).stdout == "1 published again\n"
+        # Then it is a dead letter again, of three deaths
+        until(lambda: depth(fresh, "dead-letters") == 1)
+        (letter,) = listed(fresh)
+        assert (letter["task"], letter["reason"], letter["count"]) == ("tasks.ship", "rejected", 3)
+
+
+def test_a_replay_that_is_killed_loses_nothing(fresh: str) -> None:
+    # Given many dead letters
+    expire(fresh, 500)
+    command = [sys.executable, str(PROJECT / "run_tasks.py"), "--replay"]
+    # When the driver is killed in the middle of their replay
+    with subprocess.Popen(
+        command, env=clean_environment(CELERY_BROKER_URL=fresh), stderr=subprocess.DEVNULL
+    ) as replay:
+        until(lambda: depth(fresh, "default") > 100)
+        replay.kill()
+    # Then each is in one queue or the other, and at most one in both
+    until(lambda: depth(fresh, "default") + depth(fresh, "dead-letters") >= 500)
+    assert 500 <= depth(fresh, "default") + depth(fresh, "dead-letters") <= 501
+    assert depth(fresh, "dead-letters") > 0
+    # And the rest can be replayed
+    drive("--replay", CELERY_BROKER_URL=fresh).check_returncode()
+    assert is_empty(fresh, "dead-letters")
+    assert 500 <= depth(fresh, "default") <= 501
+
+
+def test_ten_thousand_dead_letters_take_no_more_memory_than_ten(fresh: str) -> None:
+    # Given a driver that tells its greatest use of memory
+    code = (
+        "import resource, subprocess, sys\n"
+        "done = subprocess.run([sys.executable, 'run_tasks.py', *sys.argv[1:]], stdout=subprocess.DEVNULL)\n"
+        "print(done.returncode, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)\n"
+    )
+
+    def kibibytes(*arguments: str) -> int:
+        status, used = python("-c", code, *arguments, CELERY_BROKER_URL=fresh).stdout.split()
+        assert status == "0"
+        return int(used)
+
+    expire(fresh, 10)
+    few = kibibytes("--dead-letters"), kibibytes("--replay")
+    celery(fresh, "amqp", "queue.purge", "default").check_returncode()  # nothing expires behind what does not
+    expire(fresh, 10_000)
+    # Then it needs for 10,000 what it needs for ten, and 10 MiB at most beside
+    assert kibibytes("--dead-letters") < few[0] + 10 * 1024
+    assert kibibytes("--replay") < few[1] + 10 * 1024
+    assert is_empty(fresh, "dead-letters")
+    until(lambda: depth(fresh, "default") == 10_000)
+
+
+def test_without_rabbitmq_there_are_none(session_node: Node) -> None:
+    started = time.monotonic()
+    for variables in ({"CELERY_BROKER_URL": "amqp://ada:secret@127.0.0.1:1//"}, {"RABBITMQ_PORT": "1"}):
+        stopped = drive("--dead-letters", **variables)
+        assert (stopped.returncode, stopped.stdout) == (2, "")
+        assert "no RabbitMQ there" in stopped.stderr
+        assert "secret" not in stopped.stderr
+    assert time.monotonic() - started < 10
+
+
+@pytest.mark.parametrize("delay", [None, 1])
+def test_a_replayed_dead_letter_reaches_its_caller(worker: Worker, shop: Any, delay: int | None) -> None:
+    # Given a task that fails, at once or after a delay (its first death was in a delay queue, then)
+    import run_tasks  # noqa: PLC0415
+
+    shipped = shop.ship.apply_async(("lamp", time.time() + 2), countdown=delay)
+    with pytest.raises(shop.OutOfStockError):
+        shipped.get(timeout=10)
+    # When its dead letter is published again, once it can be run
+    shipped.forget()
+    time.sleep(2)  # the lamp is back in stock
+    with run_tasks.dead_letter(shipped.id) as letter:
+        death = run_tasks.last_death(letter.headers)
+        assert (death["reason"], death["queue"]) == ("rejected", "default")
+    assert drive("--replay", shipped.id, CELERY_BROKER_URL=worker.url).stdout == "1 published again\n"
+    # Then its result reaches the caller, and no dead letter is left
+    assert shop.app.AsyncResult(shipped.id).get(timeout=10) == "lamp: shipped"
+    assert is_empty(worker.url, "dead-letters")

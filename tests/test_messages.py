@@ -1,0 +1,282 @@
+"""Messages, results and callers that go wrong: each ends where it is documented, and the worker goes on."""
+
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+import pytest
+from conftest import PROJECT, Node, Worker, celery, clean_environment, is_empty, python, take, until
+
+import celeryconfig
+
+ODD = '''
+import os, signal, sys, time
+from celery.signals import task_postrun
+from tasks import app
+
+@app.task
+def size(text):
+    return len(text)
+
+@app.task
+def text(bytes_):
+    return "x" * bytes_
+
+@app.task
+def unserialisable():
+    return object()
+
+@app.task
+def out_of_memory():
+    raise MemoryError("no more of it")
+
+@app.task
+def wait(seconds):
+    print("started", file=sys.stderr)
+    time.sleep(seconds)
+    return seconds
+
+@app.task(time_limit=2)
+def wait_with_a_limit(seconds):
+    return wait(seconds)
+
+@task_postrun.connect
+def die(task, retval, **_):
+    """Kill the process after the payment, and before its acknowledgement, at the first delivery."""
+    if task.name == "tasks.charge_card":
+        print(f"charge_card: {retval}", file=sys.stderr)
+        if not task.request.delivery_info["redelivered"]:
+            os.kill(os.getpid(), signal.SIGKILL)
+'''
+
+
+class Odd:
+    """A worker that knows odd tasks, and programs that call them."""
+
+    def __init__(self, url: str, folder: Path) -> None:
+        (folder / "odd.py").write_text(ODD)
+        self.url, self.log = url, folder / "worker.log"
+        self.variables = {"PYTHONPATH": f"{folder}:{PROJECT}"}
+        self.worker = Worker(url, folder, "-c2", "--include", "odd", **self.variables)
+
+    def call(self, code: str) -> "subprocess.CompletedProcess[str]":
+        """Run Python code that may import the odd tasks."""
+        variables = {"CELERY_BROKER_URL": self.url, **self.variables}
+        return python("-c", f"import odd, tasks\n{code}", **variables)
+
+    def start(self, code: str) -> "subprocess.Popen[str]":
+        """Start Python code that may import the odd tasks."""
+        command = [sys.executable, "-uc", f"import odd, tasks\n{code}"]
+        environment = clean_environment(CELERY_BROKER_URL=self.url, **self.variables)
+        return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+
+
+@pytest.fixture(scope="module")
+def odd(session_node: Node, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Odd]:
+    """Run a worker of odd tasks on a virtual host of its own."""
+    session_node.control("add_vhost", "odd")
+    session_node.control("set_permissions", "-p", "odd", "guest", ".*", ".*", ".*")
+    odd = Odd(f"{session_node.url.removesuffix('/')}odd", tmp_path_factory.mktemp("odd"))
+    with odd.worker:
+        yield odd
+
+
+@pytest.fixture(autouse=True)
+def _the_worker_goes_on(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Check after each test that the worker still works, and that no queue holds a message."""
+    yield
+    if "odd" in request.fixturenames:
+        odd = request.getfixturevalue("odd")
+        assert odd.worker.running()
+        assert odd.call("print(odd.size.delay('four').get(timeout=20))").stdout == "4\n"
+        for name in ("default", "dead-letters", "unrouted"):
+            until(partial(is_empty, odd.url, name))
+
+
+# --- Messages -----------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("task", "error"),
+    [
+        ("tasks.app.send_task('odd.size', (1, 2, 3))", "TypeError"),
+        ("odd.unserialisable.delay()", "EncodeError"),
+        ("odd.text.delay(20 * 2**20)", "PreconditionFailed"),
+        ("odd.out_of_memory.delay()", "MemoryError"),
+        ("odd.wait_with_a_limit.delay(30)", "TimeLimitExceeded"),
+    ],
+    ids=["wrong arguments", "result not JSON", "result too large", "out of memory", "over its time limit"],
+)
+def test_a_task_that_fails_is_an_error_for_its_caller_and_a_dead_letter(
+    odd: Odd, task: str, error: str
+) -> None:
+    failed = odd.call(f"{task}.get(timeout=20)")
+    assert error in failed.stderr.splitlines()[-1]
+    (letter,) = take(odd.url, celeryconfig.dead_letters)
+    assert letter.headers["x-death"][0]["reason"] == "rejected"
+
+
+@pytest.mark.parametrize(
+    ("publish", "error"),
+    [
+        ("odd.size.delay(object())", "EncodeError"),
+        ("odd.size.delay('x' * 20 * 2**20)", "PreconditionFailed"),
+        ("tasks.publish_in_bulk([odd.size.s(object())])", "EncodeError"),
+        ("tasks.publish_in_bulk([odd.size.s('x' * 20 * 2**20)])", "OperationalError"),
+        ("odd.size.apply_async(('x',), queue='no-such-queue')", "QueueNotFound"),
+    ],
+    ids=["not JSON", "too large", "not JSON, in bulk", "too large, in bulk", "no such queue"],
+)
+def test_what_can_not_be_published_is_an_error_for_its_caller(odd: Odd, publish: str, error: str) -> None:
+    failed = odd.call(publish)
+    assert error in failed.stderr.splitlines()[-1]
+
+
+def test_five_mebibytes_there_and_back(odd: Odd) -> None:
+    code = "print(odd.size.delay(odd.text.delay(5 * 2**20).get(timeout=30)).get(timeout=30))"
+    assert odd.call(code).stdout == f"{5 * 2**20}\n"
+
+
+def test_a_task_that_comes_too_late_is_an_error_for_its_caller(odd: Odd) -> None:
+    failed = odd.call("odd.size.apply_async(('x',), expires=-1).get(timeout=20)")
+    assert "TaskRevokedError: expired" in failed.stderr
+
+
+def test_a_queue_that_refuses_is_an_error_for_its_caller(odd: Odd, session_node: Node) -> None:
+    # Given a queue that takes no message at all
+    session_node.control("set_policy", "-p", "odd", "full", "^priority$", '{"max-length": 0}')
+    failed = odd.call("tasks.serve_customer.delay('Ada')")
+    session_node.control("clear_policy", "-p", "odd", "full")
+    assert "OperationalError: RabbitMQ refused tasks.serve_customer: its queue is full" in failed.stderr
+
+
+def test_a_payment_that_is_delivered_twice_is_made_once(odd: Odd) -> None:
+    # Given a worker whose process dies after the payment and before its acknowledgement
+    order = f"order {time.time_ns()}"
+    # When the card is charged
+    charged = odd.call(f"print(tasks.charge_card.delay({order!r}, busy=0).get(timeout=20))")
+    assert charged.stdout.startswith(order)
+    # Then the task runs twice, and pays once
+    until(lambda: odd.log.read_text().count(f"charge_card: {order}") == 2)
+    assert f"charge_card: {order} paid at attempt 1" in odd.log.read_text()
+    assert f"charge_card: {order} was paid before" in odd.log.read_text()
+
+
+# --- Callers ------------------------------------------------------------------------------------
+def test_a_result_comes_after_the_callers_connections_were_closed(odd: Odd, session_node: Node) -> None:
+    # Given a caller that waits for a result
+    code = (
+        "result = odd.size.apply_async(('four',), countdown=3)\nprint('sent')\nprint(result.get(timeout=30))"
+    )
+    with odd.start(code) as caller:
+        assert caller.stdout
+        assert caller.stdout.readline() == "sent\n"
+        # When all connections are closed before it is there
+        session_node.control("close_all_connections", "-p", "odd", "a test")
+        # Then it still comes
+        assert caller.communicate(timeout=60)[0] == "4\n"
+
+
+def test_results_that_came_while_the_caller_was_away(odd: Odd, session_node: Node) -> None:
+    # Given a caller that has had a result, and whose connections are closed while others come
+    code = (
+        "print(odd.size.delay('four').get(timeout=30))\n"
+        "results = [odd.size.delay('x' * number) for number in range(50)]\n"
+        "input()\n"
+        "print([result.get(timeout=30) for result in results] == list(range(50)))"
+    )
+    command = [sys.executable, "-uc", f"import odd\n{code}"]
+    environment = clean_environment(CELERY_BROKER_URL=odd.url, **odd.variables)
+    with subprocess.Popen(
+        command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as caller:
+        assert caller.stdout
+        assert caller.stdout.readline() == "4\n"
+        until(partial(is_empty, odd.url, "default"))
+        session_node.control("close_all_connections", "-p", "odd", "a test")
+        # Then it gets them
+        assert caller.communicate("\n", timeout=60)[0] == "True\n"
+
+
+def test_two_threads_of_one_caller_get_their_own_results(odd: Odd) -> None:
+    code = (
+        "from concurrent.futures import ThreadPoolExecutor\n"
+        "def sizes(first):\n"
+        "    results = [odd.size.delay('x' * number) for number in range(first, first + 100)]\n"
+        "    return [result.get(timeout=30) for result in results] == list(range(first, first + 100))\n"
+        "with ThreadPoolExecutor(2) as pool:\n"
+        "    print(*pool.map(sizes, (0, 100)))"
+    )
+    assert odd.call(code).stdout == "True True\n"
+
+
+def test_a_thousand_unread_results(odd: Odd) -> None:
+    # Given more unread results than Celery looks through for a state
+    code = (
+        "results = [odd.size.delay('x') for _ in range(1_200)]\n"
+        "import time\n"
+        "while tasks.app.control.inspect(timeout=2, limit=1).active() != {'test@localhost': []}: pass\n"
+        "try: results[-1].state\n"
+        "except tasks.app.backend.BacklogLimitExceeded: print('too many for .state')\n"
+        "print(sum(result.get(timeout=30) for result in results))"
+    )
+    # Then `.state` says so, and `get()` has all of them
+    assert odd.call(code).stdout == "too many for .state\n1200\n"
+
+
+def test_the_reply_queue_of_a_dead_caller_expires(odd: Odd, session_node: Node) -> None:
+    def reply_queues() -> list[str]:
+        names = session_node.control("-q", "list_queues", "-p", "odd", "name", "--no-table-headers").split()
+        return [name for name in names if name.count("-") == 4]
+
+    # Given results that expire after two seconds
+    before = set(reply_queues())
+    code = "tasks.app.conf.result_expires = 2\nodd.size.delay('x')\nimport os\nos._exit(0)"
+    # When a caller dies that has not asked for its result
+    odd.call(code)
+    assert set(reply_queues()) - before
+    # Then its queue is deleted
+    until(lambda: not set(reply_queues()) - before)
+
+
+# --- Traps of the pair --------------------------------------------------------------------------
+def test_two_workers_of_one_name_both_work(fresh: str, tmp_path: Path) -> None:
+    with Worker(fresh, tmp_path, "-c1") as first, Worker(fresh, tmp_path, "-c1") as second:
+        code = "import tasks; print(sum(tasks.add.delay(1, 1).get(timeout=20) for _ in range(20)))"
+        assert python("-c", code, CELERY_BROKER_URL=fresh).stdout == "40\n"
+        assert first.running()
+        assert second.running()
+        first.kill()
+        assert python("-c", code, CELERY_BROKER_URL=fresh).stdout == "40\n"
+        assert celery(fresh, "inspect", "ping", "-d", second.name).returncode == 0
+
+
+def test_a_queue_with_a_dot_in_its_name_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        celeryconfig._queue("mail.low", {})
+    cause, cure = capsys.readouterr().err.splitlines()
+    assert "'mail.low'" in cause
+    assert cure.startswith("Cure: ")
+
+
+def test_a_time_limit_spares_a_task_the_brokers_time_out(tmp_path: Path) -> None:
+    # Given a RabbitMQ that waits five seconds for an acknowledgement, where thirty minutes are usual
+    quick = (
+        "-rabbit consumer_timeout 5000 -rabbit channel_tick_interval 1000 -rabbit quorum_tick_interval 1000"
+    )
+    with Node(tmp_path, RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS=quick) as node:
+        odd = Odd(node.url, tmp_path)
+        with odd.worker:
+            # When a task takes longer, and has a shorter time limit
+            failed = odd.call("odd.wait_with_a_limit.delay(30).get(timeout=20)")
+            assert "TimeLimitExceeded" in failed.stderr
+            # Then it ran once, and is a dead letter
+            (letter,) = take(node.url, celeryconfig.dead_letters)
+            assert letter.headers["task"] == "odd.wait_with_a_limit"
+            runs: Callable[[], int] = lambda: odd.log.read_text().count("started\n")  # noqa: E731
+            assert runs() == 1
+            # And without a limit it is delivered again and again, and the worker lives on
+            odd.call("odd.wait.delay(60)")
+            until(lambda: runs() >= 3, 90)
+            assert odd.call("print(odd.size.delay('four').get(timeout=20))").stdout == "4\n"
