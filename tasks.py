@@ -58,10 +58,18 @@ class PoisonError(Exception):
 
 
 class SafeRequest(Request):
-    """What a worker knows of one delivery: two failures that Celery would not survive, or not keep.
+    """What a worker knows of one delivery, and what it does when that goes wrong.
 
     https://docs.celeryq.dev/en/stable/userguide/tasks.html#requests-and-custom-requests
     """
+
+    def cancel(self, pool: Any, signal: Any = None, emit_retry: bool = False) -> None:
+        """Stop a task whose connection is lost: RabbitMQ delivers it again.
+
+        Celery would first tell its caller, of a retry, or that it was revoked, in vain for up to 20 seconds.
+        """
+        self._already_cancelled = True
+        super().cancel(pool, signal, emit_retry=False)
 
     def on_failure(self, exc_info: Any, *args: Any, **options: Any) -> None:
         """Keep a task over its hard time limit, or out of memory, as a dead letter.

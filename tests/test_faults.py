@@ -35,6 +35,7 @@ from conftest import (
 import celeryconfig
 
 TASKS = 1000
+pytestmark = pytest.mark.timeout(300)  # seconds
 
 LEDGER = '''
 import json, os, sys, time
@@ -106,7 +107,7 @@ class Shop:
 
     def after(self, number: int) -> None:
         """Wait until so many tasks have run."""
-        until(lambda: len(self.done()) >= number, 90)
+        until(lambda: len(self.done()) >= number, 120)
 
     def run(self, code: str) -> str:
         """Run Python code that may import the ledger, and return what it prints."""
@@ -161,15 +162,14 @@ def the_worker_is_stopped(shop: Shop, _nodes: list[Node]) -> None:
 def the_worker_freezes(shop: Shop, _nodes: list[Node]) -> None:
     """Stop the worker's processes dead, so that RabbitMQ still holds its connection, and start another."""
     shop.after(200)
-    assert shop.worker.process
-    frozen = everything(shop.worker.process.pid)
-    for process in frozen:
+    frozen = shop.worker
+    assert frozen.process
+    for process in everything(frozen.process.pid):
         process.suspend()
     shop.worker = shop.new_worker()
     shop.worker.start()
     shop.after(TASKS)
-    for process in reversed(frozen):
-        process.kill()
+    frozen.kill()
 
 
 def tasks_hang(shop: Shop, _nodes: list[Node]) -> None:
@@ -225,10 +225,10 @@ def rabbitmq_freezes(shop: Shop, nodes: list[Node]) -> None:
 
 
 def nothing_is_accepted(shop: Shop) -> bool:
-    """Tell whether the publisher made no progress within three seconds."""
-    before = shop.publisher()
+    """Tell whether no task was accepted within three seconds."""
+    before = shop.publisher()[-1]
     time.sleep(3)
-    return shop.publisher() == before
+    return shop.publisher()[-1] == before
 
 
 def memory_runs_out(shop: Shop, nodes: list[Node]) -> None:
@@ -393,7 +393,6 @@ def test_nothing_is_lost_with_rabbitmq_when(fault: Fault, arguments: str, node: 
     break_under_load(fault, Shop(node.url, tmp_path, *arguments.split()), [node])
 
 
-@pytest.mark.timeout(300)
 @pytest.mark.parametrize("fault", [leaders_are_killed, two_of_three_are_killed])
 def test_nothing_is_lost_in_a_cluster_when(fault: Fault, cluster: list[Node], tmp_path: Path) -> None:
     # The broker URL lists all nodes
