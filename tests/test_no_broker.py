@@ -257,3 +257,16 @@ def test_the_readme_has_a_command_for_every_lesson() -> None:
     for name in run_tasks.LESSONS:
         assert f"\n### {name}: " in readme
         assert re.search(rf"\n\$ python run_tasks.py .*\b{name}\b", readme)
+
+
+def test_the_readme_names_the_test_of_each_promise_and_each_fault() -> None:
+    # Given the table of what was broken, with the names of tests in its last column
+    chapter = (PROJECT / "README.md").read_text().split("### What was broken")[1].split("\n## ")[0]
+    named = {name for row in re.findall(r"\|([^|]*)\|\n", chapter) for name in re.findall(r"`(\w+)`", row)}
+    code = "".join(path.read_text() for path in (PROJECT / "tests").glob("test_*.py"))
+    # Then each is there, and no fault is left out
+    assert len(named) > 20
+    assert named <= set(re.findall(r"\ndef (\w+)\(", code))
+    faults = re.findall(r"\ndef (\w+)\(_?shop: Shop, _?nodes", (PROJECT / "tests/test_faults.py").read_text())
+    assert len(faults) > 10
+    assert set(faults) <= named
