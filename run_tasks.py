@@ -150,14 +150,18 @@ def error_of(result: AsyncResult[Any]) -> dict[str, str]:
     return {"error": type(result.result).__name__, "message": str(result.result)}
 
 
-def letters(channel: Any) -> Iterator[Message]:
-    """Take each dead letter that is there by now. One that is not acknowledged goes back with the channel."""
+def number_of_letters(channel: Any) -> int:
+    """Return how many dead letters there are by now."""
+    declared: Any = celeryconfig.dead_letters(channel).queue_declare(passive=True)
+    return int(declared.message_count)
+
+
+def letters(channel: Any, steps: Iterable[int]) -> Iterator[Message]:
+    """Take a dead letter at each step. One that is not acknowledged goes back with the channel."""
     queue = celeryconfig.dead_letters(channel)
-    declared: Any = queue.queue_declare(passive=True)
-    with bar(range(declared.message_count), f"{declared.message_count} dead letters") as waiting:
-        for _ in waiting:
-            if letter := queue.get():
-                yield letter
+    for _ in steps:
+        if letter := queue.get():
+            yield letter
 
 
 @contextlib.contextmanager
@@ -166,7 +170,7 @@ def dead_letter(task_id: str) -> Iterator[Message]:
     deadline = time.monotonic() + TIMEOUT
     while time.monotonic() < deadline:
         with app.connection_for_write() as connection, connection.channel() as channel:
-            for letter in letters(channel):
+            for letter in letters(channel, range(number_of_letters(channel))):
                 if letter.headers.get("id") == task_id:
                     yield letter
                     return
@@ -413,12 +417,12 @@ def failures() -> Rows:
         with dead_letter(late.id) as letter:
             letter.ack()
     with dead_letter(shipped.id) as letter:
-        row = {"dead letter": "ship", "reason": last_death(letter.headers)["reason"]}
+        row = {name: described(letter)[name] for name in ("task", "reason", "age")}
         shipped.forget()  # its failure: the next result is the replay's
         replay(letter)
     value = app.AsyncResult(shipped.id).get(timeout=TIMEOUT)
     check(value == "lamp: shipped", value)
-    return [*rows, {**row, "replayed": value}]
+    return [*rows, {"dead letter": row.pop("task"), **row, "replayed": value}]
 
 
 @lesson("rabbitmq")
@@ -674,20 +678,20 @@ def run(name: str, paths: list[Path], as_json: bool) -> bool:
     return status != "failed"
 
 
-def tell_dead_letters(ids: tuple[str, ...] | None, as_json: bool) -> None:
-    """List the dead letters; or publish those with these ids again, or with () all of them."""
-    try:
-        connect()
-    except (OperationalError, OSError) as error:
-        no_rabbitmq(error)
-    with app.connection_for_write() as connection, connection.channel() as channel:
-        if ids is None:
-            rows = map(described, letters(channel))
-            while page := list(islice(rows, 100)):
-                click.echo("\n".join(map(json.dumps, page) if as_json else table(page)))
-            return
-        published, left, missing = 0, 0, set(ids)
-        for letter in letters(channel):
+def list_dead_letters(channel: Any, as_json: bool) -> None:
+    """Print what is known of each dead letter, a hundred at a time."""
+    there = range(number_of_letters(channel))
+    with contextlib.nullcontext(there) if sys.stdout.isatty() else bar(there, "dead letters") as steps:
+        rows = map(described, letters(channel, steps))
+        while page := list(islice(rows, 100)):
+            click.echo("\n".join(map(json.dumps, page) if as_json else table(page)))
+
+
+def replay_dead_letters(channel: Any, ids: tuple[str, ...]) -> None:
+    """Publish the dead letters with these ids again, or all; stop with a word on what could not be."""
+    published, left, missing = 0, 0, set(ids)
+    with bar(range(number_of_letters(channel)), "dead letters") as steps:
+        for letter in letters(channel, steps):
             if not ids or letter.headers.get("id") in ids:
                 missing.discard(letter.headers.get("id"))
                 if replay(letter):
@@ -698,9 +702,8 @@ def tell_dead_letters(ids: tuple[str, ...] | None, as_json: bool) -> None:
     if left:
         stop(f"{left} came from a queue that is gone", "name it in task_queues of celeryconfig.py")
     if missing:
-        stop(
-            f"No dead letter of {', '.join(sorted(missing))}", "python run_tasks.py --dead-letters lists them"
-        )
+        names = ", ".join(sorted(missing))
+        stop(f"No dead letter of {names}", "python run_tasks.py --dead-letters lists them")
 
 
 def chosen(arguments: Iterable[str]) -> tuple[list[str], list[Path]]:
@@ -752,7 +755,15 @@ def cli(  # noqa: PLR0913  (an argument for each option)
         click.echo("\n".join(f"{name:<12}{function.__doc__}" for name, (function, _) in LESSONS.items()))
         return 0
     if dead_letters or as_replay:
-        tell_dead_letters(lessons if as_replay else None, as_json)
+        try:
+            connect()
+        except (OperationalError, OSError) as error:
+            no_rabbitmq(error)
+        with app.connection_for_write() as connection, connection.channel() as channel:
+            if as_replay:
+                replay_dead_letters(channel, lessons)
+            else:
+                list_dead_letters(channel, as_json)
         return 0
     names, paths = chosen(lessons)
     with contextlib.ExitStack() as stack:
