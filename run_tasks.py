@@ -689,10 +689,10 @@ def list_dead_letters(channel: Any, as_json: bool) -> None:
 
 def replay_dead_letters(channel: Any, ids: tuple[str, ...]) -> None:
     """Publish the dead letters with these ids again, or all; stop with a word on what could not be."""
-    published, left, missing = 0, 0, set(ids)
+    published, left, asked, missing = 0, 0, set(ids), set(ids)
     with bar(range(number_of_letters(channel)), "dead letters") as steps:
         for letter in letters(channel, steps):
-            if not ids or letter.headers.get("id") in ids:
+            if not asked or letter.headers.get("id") in asked:
                 missing.discard(letter.headers.get("id"))
                 if replay(letter):
                     published += 1

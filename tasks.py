@@ -9,7 +9,6 @@ stock are simulated, and say so; counting words and sealing vouchers are real wo
 
 import contextlib
 import functools
-import getpass
 import hashlib
 import itertools
 import os
@@ -102,6 +101,7 @@ class SafeTask(Task[Any, Any]):
 
         RabbitMQ's delay queues count whole seconds. kombu refuses a shorter delay, and a `retry()`
         with one would be lost. https://github.com/celery/kombu (native_delayed_delivery.py)
+        Raises kombu's OperationalError with the reason, where Celery's is empty.
         """
         if isinstance(options.get("eta"), datetime):
             eta = maybe_make_aware(options.pop("eta"))
@@ -113,9 +113,9 @@ class SafeTask(Task[Any, Any]):
         try:
             return super().apply_async(*args, **options)
         except OperationalError as error:
-            if isinstance(error.__cause__, MessageNacked):  # its own text is empty
-                raise OperationalError(f"RabbitMQ refused {self.name}: its queue is full") from None
-            raise
+            known: dict[Any, str] = {MessageNacked: "its queue is full", TimeoutError: "no confirm in time"}
+            why = known.get(type(error.__cause__), error)
+            raise OperationalError(f"RabbitMQ did not take {self.name}: {why}") from error
 
 
 class SafeMailbox(Mailbox):
@@ -392,7 +392,8 @@ class GatewayBusyError(Exception):
     """The payment gateway asks to come back later."""
 
 
-BOOKS = Path(tempfile.gettempdir(), f"simulated-gateway-of-{getpass.getuser()}.sqlite3")
+USER = getattr(os, "getuid", int)()  # 0 on Windows, where each user has a folder for temporary files
+BOOKS = Path(tempfile.gettempdir(), f"simulated-gateway-{USER}.sqlite3")
 
 
 def charge_once(order: str) -> bool:

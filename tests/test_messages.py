@@ -148,7 +148,7 @@ def test_a_queue_that_refuses_is_an_error_for_its_caller(odd: Odd, session_node:
     session_node.control("set_policy", "-p", "odd", "full", "^priority$", '{"max-length": 0}')
     failed = odd.call("tasks.serve_customer.delay('Ada')")
     session_node.control("clear_policy", "-p", "odd", "full")
-    assert "OperationalError: RabbitMQ refused tasks.serve_customer: its queue is full" in failed.stderr
+    assert "OperationalError: RabbitMQ did not take tasks.serve_customer: its queue is full" in failed.stderr
 
 
 def test_a_payment_that_is_delivered_twice_is_made_once(odd: Odd) -> None:
