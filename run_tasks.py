@@ -25,19 +25,21 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from datetime import timedelta, timezone
+from datetime import datetime, timedelta, timezone
 from itertools import groupby, islice
 from pathlib import Path
 from typing import Any, NoReturn
 
 import click
 from amqp import AccessRefused, AMQPError, NotAllowed, PreconditionFailed
+from amqp.basic_message import Message as Letter
+from amqp.exceptions import MessageNacked
 from celery import chord, group
 from celery.contrib.testing.worker import start_worker
 from celery.exceptions import ImproperlyConfigured
 from celery.exceptions import TimeoutError as NoAnswer
 from celery.result import AsyncResult
-from kombu import Exchange, Message, Queue
+from kombu import Exchange, Queue
 from kombu.exceptions import OperationalError
 
 import celeryconfig
@@ -156,71 +158,75 @@ def number_of_letters(channel: Any) -> int:
     return int(declared.message_count)
 
 
-def letters(channel: Any, steps: Iterable[int]) -> Iterator[Message]:
-    """Take a dead letter at each step. One that is not acknowledged goes back with the channel."""
-    queue = celeryconfig.dead_letters(channel)
+def letters(channel: Any, steps: Iterable[int]) -> Iterator[Letter]:
+    """Take a dead letter at each step, as it is. One that is not acknowledged goes back with the channel."""
     for _ in steps:
-        if letter := queue.get():
+        if letter := channel.basic_get(celeryconfig.dead_letters.name):
+            letter.channel = channel
             yield letter
 
 
+def acknowledge(letter: Letter) -> None:
+    """Let RabbitMQ forget a dead letter."""
+    letter.channel.basic_ack(letter.delivery_tag)
+
+
 @contextlib.contextmanager
-def dead_letter(task_id: str) -> Iterator[Message]:
+def dead_letter(task_id: str) -> Iterator[Letter]:
     """Give the dead letter of a task, when it is there. Raises NotSeenError if it does not come."""
     deadline = time.monotonic() + TIMEOUT
     while time.monotonic() < deadline:
         with app.connection_for_write() as connection, connection.channel() as channel:
             for letter in letters(channel, range(number_of_letters(channel))):
-                if letter.headers.get("id") == task_id:
+                if described(letter)["id"] == task_id:
                     yield letter
                     return
         time.sleep(0.05)  # it is on its way
     check(as_taught=False, saw=f"no dead letter of task {task_id}")
 
 
-def last_death(headers: dict[str, Any]) -> dict[str, Any]:
-    """Return what RabbitMQ noted in a dead letter when it put it there: queue, reason, time."""
-    deaths: list[dict[str, Any]] = headers.get("x-death", [])
-    return deaths[0] if deaths else {"queue": "", "reason": "published here"}
-
-
-def described(letter: Message) -> dict[str, Any]:
-    """Return what a person wants to know of a dead letter."""
-    headers: dict[str, Any] = dict(letter.headers)
-    death = last_death(headers)
+def described(letter: Letter) -> dict[str, Any]:
+    """Return what a person wants to know of a dead letter. Anybody may have made it, with any headers."""
+    headers: dict[str, Any] = letter.headers or {}
+    deaths = headers.get("x-death")  # what RabbitMQ notes, the last first
+    death = deaths[0] if isinstance(deaths, list) and deaths and isinstance(deaths[0], dict) else {}
+    died, replays = death.get("time"), headers.get("replays")
 
     def short(text: object, width: int) -> str:
         signs = [sign if sign.isprintable() else "?" for sign in str(text)[: width + 1]]
         return "".join(signs if len(signs) <= width else [*signs[: width - 1], "\u2026"])
 
-    arguments = f"{headers.get('argsrepr', '')} {headers.get('kwargsrepr', '')}".removesuffix(" {}")
-    died = death.get("time", app.now()).replace(tzinfo=timezone.utc)
+    arguments = f"{headers.get('argsrepr', '')} {headers.get('kwargsrepr', '')}".removesuffix(" {}").strip()
+    age = app.now() - died.replace(tzinfo=timezone.utc) if isinstance(died, datetime) else timedelta()
     return {
         "task": short(headers.get("task", "no task"), 40),
         "id": short(headers.get("id", ""), 36),
-        "arguments": short(arguments.strip() or letter.body, 40),
-        "reason": death["reason"],
-        "queue": death["queue"],
-        "count": 1 + headers.get("replays", 0),
-        "age": str(timedelta(seconds=int((app.now() - died).total_seconds()))),
+        "arguments": short(arguments or letter.body, 40),
+        "reason": short(death.get("reason", "published here"), 16),
+        "queue": short(death.get("queue", ""), 40),
+        "count": 1 + (replays if isinstance(replays, int) else 0),
+        "age": str(timedelta(seconds=int(age.total_seconds()))),
     }
 
 
-def replay(letter: Message) -> bool:
+def replay(letter: Letter) -> bool:
     """Publish a dead letter to the queue that it came from; acknowledge it once RabbitMQ has confirmed that.
 
     Return whether that could be: not if the queue is none of `celeryconfig.task_queues` (any more).
+    Raises kombu's OperationalError if the queue is full.
     """
-    queue = last_death(letter.headers)["queue"]
-    if queue not in app.amqp.queues:
+    known = described(letter)
+    if known["queue"] not in app.amqp.queues:
         return False
-    headers: dict[str, Any] = {k: v for k, v in letter.headers.items() if not k.startswith("x-")}
-    headers |= {"expires": None, "replays": headers.get("replays", 0) + 1}  # it may run however late
-    properties: dict[str, Any] = {**letter.properties, "routing_key": queue}
-    del properties["application_headers"]
-    channel: Any = letter.channel
-    app.amqp.Producer(channel).publish(letter.body, headers=headers, **properties)
-    letter.ack()
+    ours = ("x-death", "x-first-death-", "x-last-death-", "x-delivery-count")
+    headers: dict[str, Any] = {k: v for k, v in (letter.headers or {}).items() if not k.startswith(ours)}
+    headers |= {"expires": None, "replays": known["count"]}  # it may run however late
+    again = Letter(letter.body, **{**letter.properties, "application_headers": headers})
+    try:
+        letter.channel.basic_publish(again, celeryconfig.task_default_exchange, known["queue"])
+    except MessageNacked:
+        raise OperationalError(f"the queue {known['queue']} is full") from None
+    acknowledge(letter)
     return True
 
 
@@ -415,7 +421,7 @@ def failures() -> Rows:
         rows += [{"failure": f"over its {limit} time limit", **error_of(limits[limit])} for limit in waiting]
     for late in limits.values():
         with dead_letter(late.id) as letter:
-            letter.ack()
+            acknowledge(letter)
     with dead_letter(shipped.id) as letter:
         row = {name: described(letter)[name] for name in ("task", "reason", "age")}
         shipped.forget()  # its failure: the next result is the replay's
@@ -552,8 +558,8 @@ def poison() -> Rows:
     check(crashes == celeryconfig.poison_limit, states)
     row = {"crashes": crashes, "told after, s": states[-1][0], **error_of(result)}
     with dead_letter(result.id) as letter:
-        letter.ack()
-    return [{**row, "dead letter": last_death(letter.headers)["reason"]}]
+        acknowledge(letter)
+    return [{**row, "dead letter": described(letter)["reason"]}]
 
 
 # --- Where the lessons run ----------------------------------------------------------------------
@@ -690,20 +696,23 @@ def list_dead_letters(channel: Any, as_json: bool) -> None:
 def replay_dead_letters(channel: Any, ids: tuple[str, ...]) -> None:
     """Publish the dead letters with these ids again, or all; stop with a word on what could not be."""
     published, left, asked, missing = 0, 0, set(ids), set(ids)
-    with bar(range(number_of_letters(channel)), "dead letters") as steps:
-        for letter in letters(channel, steps):
-            if not asked or letter.headers.get("id") in asked:
-                missing.discard(letter.headers.get("id"))
-                if replay(letter):
-                    published += 1
-                else:
-                    left += 1
-    click.echo(f"{published} published again")
+    try:
+        with bar(range(number_of_letters(channel)), "dead letters") as steps:
+            for letter in letters(channel, steps):
+                task_id = described(letter)["id"]
+                if not asked or task_id in asked:
+                    missing.discard(task_id)
+                    if replay(letter):
+                        published += 1
+                    else:
+                        left += 1
+    finally:
+        click.echo(f"{published} published again")
     if left:
         stop(f"{left} came from a queue that is gone", "name it in task_queues of celeryconfig.py")
     if missing:
         names = ", ".join(sorted(missing))
-        stop(f"No dead letter of {names}", "python run_tasks.py --dead-letters lists them")
+        stop(f"No dead letter of {names} (or somebody is reading it)", "python run_tasks.py --dead-letters")
 
 
 def chosen(arguments: Iterable[str]) -> tuple[list[str], list[Path]]:
@@ -755,6 +764,8 @@ def cli(  # noqa: PLR0913  (an argument for each option)
         click.echo("\n".join(f"{name:<12}{function.__doc__}" for name, (function, _) in LESSONS.items()))
         return 0
     if dead_letters or as_replay:
+        if (dead_letters and (as_replay or lessons)) or embedded:
+            raise click.UsageError("--dead-letters takes nothing else than --json, and --replay only IDs")
         try:
             connect()
         except (OperationalError, OSError) as error:

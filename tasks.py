@@ -16,6 +16,7 @@ import re
 import signal
 import sqlite3
 import tempfile
+import threading
 import time
 from collections import Counter
 from collections.abc import Iterable
@@ -248,6 +249,10 @@ class SafeResultConsumer(ResultConsumer):
     _connection: Any
     _consumer: Any
 
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.lock = threading.RLock()  # without: threads that wait for results of one caller lose them
+
     def consume_from(self, task_id: str) -> None:
         """Leave it to drain_events, which can wait for RabbitMQ."""
 
@@ -256,25 +261,54 @@ class SafeResultConsumer(ResultConsumer):
 
         Raises TimeoutError, upon which `get()` calls again, until its own time is over.
         """
-        consuming = self._consumer is not None
+        with self.lock:
+            consuming = self._consumer is not None
+            try:
+                if not consuming:
+                    self.start("", no_ack=False)
+                    self._consumer.register_callback(lambda _, message: message.ack())
+                    consuming = True
+                self._connection.drain_events(timeout=timeout)
+            except (AMQPError, OperationalError, OSError) as error:
+                if not (consuming and isinstance(error, TimeoutError)):
+                    self._connection.collect()
+                    self._connection = self._consumer = None
+                    time.sleep(timeout or 1)
+                raise TimeoutError from None
+
+    def on_state_change(self, meta: dict[str, Any], message: Message) -> None:
+        """Hand a state to those who wait for it. Raises RuntimeError where their `on_message` failed."""
         try:
-            if not consuming:
-                self.start("", no_ack=False)
-                self._consumer.register_callback(lambda _, message: message.ack())
-                consuming = True
-            self._connection.drain_events(timeout=timeout)
-        except (AMQPError, OperationalError, OSError) as error:
-            if not (consuming and isinstance(error, TimeoutError)):
-                self._connection.collect()
-                self._connection = self._consumer = None
-                time.sleep(timeout or 1)
-            raise TimeoutError from None
+            super().on_state_change(meta, message)
+        except OSError as error:  # it would pass for a lost connection
+            raise RuntimeError("on_message failed") from error
 
 
 class SafeRPCBackend(RPCBackend):
     """The rpc:// result backend, but no result is lost while the program that waits for it lives."""
 
     ResultConsumer = SafeResultConsumer
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._pending_messages.maxsize = None  # without: of more than 8,192 results the first are dropped
+
+    def add_pending_result(self, *args: Any, **options: Any) -> Any:
+        """Wait for a result, or find it among those that came before; not while another thread takes it."""
+        with self.result_consumer.lock:
+            return super().add_pending_result(*args, **options)
+
+    def get_task_meta(self, task_id: str, backlog_limit: int = 1000) -> Any:
+        """Return the state of a task, for `.state` and `.ready()`.
+
+        Once `get()` was called, the consumer takes what comes, and Celery's own method sees nothing.
+        """
+        with self.result_consumer.lock:
+            if self.result_consumer._consumer is not None:
+                with contextlib.suppress(TimeoutError):
+                    for _ in range(backlog_limit):
+                        self.result_consumer.drain_events(timeout=0.01)
+            return super().get_task_meta(task_id, backlog_limit)
 
     @property
     def binding(self) -> Queue:
@@ -287,7 +321,7 @@ class SafeRPCBackend(RPCBackend):
     def on_task_call(self, producer: Producer, task_id: str) -> None:
         """Declare the reply queue, in as many attempts as publishing has; Celery's own never ends."""
         channel: Any = producer.channel
-        if not task_join_will_block():  # in a worker it is declared already
+        if not task_join_will_block():  # a task has no reply queue, as it must not wait for another task
             maybe_declare(self.binding(channel), retry=True, **app.conf.task_publish_retry_policy)
 
 

@@ -67,6 +67,62 @@ def test_what_is_no_task_is_listed_without_its_control_signs(fresh: str) -> None
     assert depth(fresh, "dead-letters") == 2
 
 
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"replays": "many", "id": ["7"]},
+        {"x-death": "\x1b[31m", "id": None},
+        {"x-death": [], "compression": "no such thing"},
+        {"x-death": ["default"], "compression": "application/x-gzip"},
+        {"x-death": [{"queue": ["default"], "reason": "\x1b[31m", "time": 7}]},
+    ],
+)
+def test_odd_headers_do_no_harm(fresh: str, headers: dict[str, Any]) -> None:
+    drive("--dead-letters", CELERY_BROKER_URL=fresh).check_returncode()  # declares the queue
+    with Connection(fresh) as connection, connection.channel() as channel:
+        producer: Any = connection.Producer(channel, exchange=Exchange("dead-letters", "fanout"))
+        producer.publish(b"{}", headers=headers, content_type="application/json", content_encoding="utf-8")
+    (letter,) = listed(fresh)
+    assert letter["count"] == 1
+    assert "\x1b" not in str(letter)
+    assert "1 came from a queue that is gone" in drive("--replay", CELERY_BROKER_URL=fresh).stderr
+    assert depth(fresh, "dead-letters") == 1
+
+
+def test_a_compressed_task_is_replayed_as_it_is(fresh: str, tmp_path: Path) -> None:
+    with Worker(fresh, tmp_path, "-c1"):
+        code = (
+            "import subprocess, sys, tasks, time\n"
+            "result = tasks.ship.apply_async(('lamp', time.time() + 2), compression='zlib')\n"
+            "try: result.get(timeout=20)\n"
+            "except tasks.OutOfStockError: result.forget()\n"
+            "time.sleep(2)\n"
+            "subprocess.run([sys.executable, 'run_tasks.py', '--replay', result.id], check=True)\n"
+            "print(tasks.app.AsyncResult(result.id).get(timeout=20))"
+        )
+        assert python("-c", code, CELERY_BROKER_URL=fresh).stdout.endswith("\nlamp: shipped\n")
+
+
+def test_a_replay_to_a_full_queue_says_so(fresh: str, session_node: Node) -> None:
+    expire(fresh, 20)
+    host = fresh.rpartition("/")[2]
+    session_node.control("set_policy", "-p", host, "full", "^default$", '{"max-length": 3}')
+    stopped = drive("--replay", CELERY_BROKER_URL=fresh)
+    assert stopped.returncode == 2
+    cause, cure = stopped.stderr.splitlines()[-2:]
+    assert "the queue default is full" in cause
+    assert cure.startswith("Cure: ")
+    published = int(stopped.stdout.split()[0])
+    assert depth(fresh, "default") == published
+    assert depth(fresh, "dead-letters") == 20 - published
+
+
+def test_options_that_contradict_each_other_are_refused(fresh: str) -> None:
+    for options in (["--dead-letters", "--replay"], ["--dead-letters", "hello"], ["--replay", "--embedded"]):
+        stopped = drive(*options, CELERY_BROKER_URL=fresh)
+        assert (stopped.returncode, stopped.stdout, len(stopped.stderr.splitlines())) == (2, "", 2)
+
+
 def test_named_dead_letters_are_replayed(fresh: str, tmp_path: Path) -> None:
     # Given three dead letters, and a worker
     expire(fresh, 3)
@@ -78,7 +134,7 @@ def test_named_dead_letters_are_replayed(fresh: str, tmp_path: Path) -> None:
         # Then these two run, though they are late, and the driver names the one
         assert replayed.stdout == "2 published again\n"
         assert replayed.returncode == 2
-        assert "No dead letter of no-such-id\nCure: " in replayed.stderr
+        assert "No dead letter of no-such-id (or somebody is reading it)\nCure: " in replayed.stderr
         until(lambda: is_empty(fresh, "default"))
         assert [letter["id"] for letter in listed(fresh)] == [letters[1]["id"]]
 
@@ -164,8 +220,8 @@ def test_a_replayed_dead_letter_reaches_its_caller(worker: Worker, shop: Any, de
     shipped.forget()
     time.sleep(2)  # the lamp is back in stock
     with run_tasks.dead_letter(shipped.id) as letter:
-        death = run_tasks.last_death(letter.headers)
-        assert (death["reason"], death["queue"]) == ("rejected", "default")
+        known = run_tasks.described(letter)
+        assert (known["reason"], known["queue"]) == ("rejected", "default")
     assert drive("--replay", shipped.id, CELERY_BROKER_URL=worker.url).stdout == "1 published again\n"
     # Then its result reaches the caller, and no dead letter is left
     assert shop.app.AsyncResult(shipped.id).get(timeout=10) == "lamp: shipped"

@@ -211,6 +211,43 @@ def test_two_threads_of_one_caller_get_their_own_results(odd: Odd) -> None:
     assert odd.call(code).stdout == "True True\n"
 
 
+def test_threads_wait_for_results_of_one_caller(odd: Odd) -> None:
+    code = (
+        "from concurrent.futures import ThreadPoolExecutor\n"
+        "results = [odd.size.delay('x' * number) for number in range(200)]\n"
+        "with ThreadPoolExecutor(4) as pool:\n"
+        "    print(list(pool.map(lambda result: result.get(timeout=30), results)) == list(range(200)))"
+    )
+    assert odd.call(code).stdout == "True\n"
+
+
+def test_a_state_can_be_asked_for_after_a_result(odd: Odd) -> None:
+    code = (
+        "import time\n"
+        "print(odd.size.delay('four').get(timeout=20))\n"
+        "result, started = odd.size.delay('x'), time.monotonic()\n"
+        "while not result.ready() and time.monotonic() < started + 20: pass\n"
+        "print(result.ready(), result.state, result.get(timeout=1))"
+    )
+    assert odd.call(code).stdout == "4\nTrue SUCCESS 1\n"
+
+
+def test_an_error_of_on_message_reaches_the_caller(odd: Odd) -> None:
+    code = (
+        "def complain(meta): raise BrokenPipeError('nobody listens')\n"
+        "odd.size.delay('x').get(timeout=20, on_message=complain)"
+    )
+    assert "on_message failed" in odd.call(code).stderr
+
+
+def test_ten_thousand_results_in_any_order(odd: Odd) -> None:
+    code = (
+        "results = [odd.size.delay('x') for _ in range(9_000)]\n"
+        "print(results[-1].get(timeout=60), sum(result.get(timeout=60) for result in results))"
+    )
+    assert odd.call(code).stdout == "1 9000\n"
+
+
 def test_a_thousand_unread_results(odd: Odd) -> None:
     # Given more unread results than Celery looks through for a state
     code = (
