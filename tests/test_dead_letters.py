@@ -174,6 +174,7 @@ def test_a_replay_that_is_killed_loses_nothing(fresh: str) -> None:
     assert 500 <= depth(fresh, "default") <= 501
 
 
+@pytest.mark.timeout(300)  # seconds
 def test_ten_thousand_dead_letters_take_no_more_memory_than_ten(fresh: str) -> None:
     # Given a driver that tells its greatest use of memory
     code = (
