@@ -33,7 +33,7 @@ from conftest import (
 import celeryconfig
 
 TASKS = 1000
-pytestmark = pytest.mark.timeout(300)  # seconds
+pytestmark = pytest.mark.timeout(400)  # seconds
 
 LEDGER = '''
 import json, os, sys, time
@@ -250,7 +250,7 @@ def the_queue_is_full(shop: Shop, nodes: list[Node]) -> None:
     shop.after(200)
     nodes[0].control("set_policy", "limit", "^default$", '{"max-length": 50}', "--apply-to", "queues")
     celery(shop.url, "control", "cancel_consumer", "default").check_returncode()
-    until(lambda: shop.publisher()[-1:] == shop.publisher()[-20:-19])  # the last 20 were refused
+    until(lambda: shop.publisher()[-1:] == shop.publisher()[-5:-4], 60)  # the last of them were refused
     celery(shop.url, "control", "add_consumer", "default").check_returncode()
 
 
@@ -325,7 +325,7 @@ def break_under_load(fault: Fault, shop: Shop, nodes: list[Node], pace: float = 
             try:
                 # When something dies
                 fault(shop, nodes)
-                assert publisher.wait(timeout=150) == 0
+                assert publisher.wait(timeout=240) == 0
             finally:
                 publisher.kill()
         # Then each task that was accepted has run, at least once, and its result has come
