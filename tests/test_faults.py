@@ -83,12 +83,12 @@ class Shop:
         (folder / "ledger.py").write_text(LEDGER)
         self.url, self.folder, self.ledger, self.arguments = url, folder, folder / "ledger", arguments
         self.variables = {"LEDGER": str(self.ledger), "PYTHONPATH": f"{folder}{os.pathsep}{PROJECT}"}
-        self.worker = self.new_worker()
 
-    def new_worker(self) -> Worker:
-        """Return a worker of four processes that is not started yet."""
+    def start_worker(self) -> None:
+        """Start a worker of four processes; the one before, if any, is left to itself."""
         arguments = ("-c4", "--include", "ledger", *self.arguments)
-        return Worker(self.url, self.folder, *arguments, **self.variables)
+        self.worker = Worker(self.url, self.folder, *arguments, **self.variables)
+        self.worker.start()
 
     def lines(self) -> list[tuple[int, float]]:
         """Return each number of the ledger, with the time when it was written."""
@@ -145,16 +145,14 @@ def the_worker_is_killed(shop: Shop, _nodes: list[Node]) -> None:
     """Kill the worker with all its processes, and start another of the same name."""
     shop.after(200)
     shop.worker.kill()
-    shop.worker = shop.new_worker()
-    shop.worker.start()
+    shop.start_worker()
 
 
 def the_worker_is_stopped(shop: Shop, _nodes: list[Node]) -> None:
     """Stop the worker in good order, which finishes what it has begun, and start another."""
     shop.after(200)
     end(shop.worker, signal.SIGTERM)
-    shop.worker = shop.new_worker()
-    shop.worker.start()
+    shop.start_worker()
 
 
 def the_worker_freezes(shop: Shop, _nodes: list[Node]) -> None:
@@ -164,8 +162,7 @@ def the_worker_freezes(shop: Shop, _nodes: list[Node]) -> None:
     assert frozen.process
     for process in everything(frozen.process.pid):
         process.suspend()
-    shop.worker = shop.new_worker()
-    shop.worker.start()
+    shop.start_worker()
     shop.after(TASKS)
     frozen.kill()
 
@@ -314,7 +311,7 @@ Fault = Callable[[Shop, list[Node]], None]
 def break_under_load(fault: Fault, shop: Shop, nodes: list[Node], pace: float = 0) -> None:
     """Let a fault happen while a publisher and a worker are at work, and check what is left."""
     # Given a worker and a publisher under load
-    shop.worker.start()
+    shop.start_worker()
     command = [sys.executable, str(shop.folder / "ledger.py"), str(TASKS), str(pace)]
     environment = clean_environment(CELERY_BROKER_URL=shop.url, **shop.variables)
     try:
@@ -368,7 +365,7 @@ def test_nothing_is_lost_with_a_worker_when(
 def test_a_soft_shutdown_hands_back_what_it_can_not_finish(fresh: str, tmp_path: Path) -> None:
     # Given a worker that runs a task of a minute
     shop = Shop(fresh, tmp_path)
-    shop.worker.start()
+    shop.start_worker()
     try:
         with subprocess.Popen(
             [sys.executable, "-c", "import ledger; print(ledger.linger.delay().get(timeout=60))"],
@@ -380,8 +377,7 @@ def test_a_soft_shutdown_hands_back_what_it_can_not_finish(fresh: str, tmp_path:
             # When it is told to hurry, and ends after worker_soft_shutdown_timeout
             end(shop.worker, signal.SIGQUIT)
             # Then the next worker gets the task
-            shop.worker = shop.new_worker()
-            shop.worker.start()
+            shop.start_worker()
             assert caller.communicate(timeout=60)[0] == "finished\n"
     finally:
         shop.worker.kill()

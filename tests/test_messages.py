@@ -71,7 +71,8 @@ class Odd:
         """Start Python code that may import the odd tasks."""
         command = [sys.executable, "-uc", f"import odd, tasks\n{code}"]
         environment = clean_environment(CELERY_BROKER_URL=self.url, **self.variables)
-        return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+        pipe = subprocess.PIPE
+        return subprocess.Popen(command, env=environment, stdin=pipe, stdout=pipe, text=True)
 
 
 @pytest.fixture(scope="module")
@@ -186,11 +187,7 @@ def test_results_that_came_while_the_caller_was_away(odd: Odd, session_node: Nod
         "input()\n"
         "print([result.get(timeout=30) for result in results] == list(range(50)))"
     )
-    command = [sys.executable, "-uc", f"import odd\n{code}"]
-    environment = clean_environment(CELERY_BROKER_URL=odd.url, **odd.variables)
-    with subprocess.Popen(
-        command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as caller:
+    with odd.start(code) as caller:
         assert caller.stdout
         assert caller.stdout.readline() == "4\n"
         until(partial(is_empty, odd.url, "default"))

@@ -60,6 +60,17 @@ def workers_of(url: str) -> list[int]:
     ]
 
 
+def start_driver(lesson: str, url: str) -> "subprocess.Popen[str]":
+    """Start the driver with a lesson, for a test that interferes with it."""
+    return subprocess.Popen(
+        [sys.executable, str(PROJECT / "run_tasks.py"), lesson],
+        env=clean_environment(CELERY_BROKER_URL=url),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
 # --- The lessons --------------------------------------------------------------------------------
 def test_all_lessons_run_with_a_worker_of_the_driver(fresh: str) -> None:
     # Given a fresh RabbitMQ and no worker
@@ -136,13 +147,7 @@ def test_beat_publishes_its_periodic_task(rabbitmq: str, worker: Worker, shop: A
 
 @pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_an_interrupted_run_leaves_no_worker(fresh: str, sign: signal.Signals) -> None:
-    with subprocess.Popen(
-        [sys.executable, str(PROJECT / "run_tasks.py"), "parallel"],
-        env=clean_environment(CELERY_BROKER_URL=fresh),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    ) as process:
+    with start_driver("parallel", fresh) as process:
         assert process.stdout
         assert "a worker started for this run" in process.stdout.readline()
         assert workers_of(fresh)
@@ -221,13 +226,7 @@ def test_a_worker_that_never_answers(fresh: str, tmp_path: Path) -> None:
 
 def test_a_broker_that_dies_during_a_lesson(node: Node, tmp_path: Path) -> None:
     with Worker(node.url, tmp_path, "-c1"):
-        with subprocess.Popen(
-            [sys.executable, str(PROJECT / "run_tasks.py"), "parallel"],
-            env=clean_environment(CELERY_BROKER_URL=node.url),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        ) as process:
+        with start_driver("parallel", node.url) as process:
             assert process.stdout
             process.stdout.readline()
             node.kill()
@@ -241,13 +240,7 @@ def test_a_broker_that_blocks_publishers(node: Node, tmp_path: Path) -> None:
     # Given a RabbitMQ that believes to be out of memory
     with Worker(node.url, tmp_path, "-c1"):
         node.control("set_vm_memory_high_watermark", "0.000001")
-        with subprocess.Popen(
-            [sys.executable, str(PROJECT / "run_tasks.py"), "hello"],
-            env=clean_environment(CELERY_BROKER_URL=node.url),
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-        ) as process:
+        with start_driver("hello", node.url) as process:
             # Then the driver says so, and goes on when it is over
             assert process.stderr
             assert process.stderr.readline().startswith("RabbitMQ takes no messages for now")
