@@ -398,7 +398,8 @@ def test_a_soft_shutdown_hands_back_what_it_can_not_finish(fresh: str, tmp_path:
     ],
 )
 def test_nothing_is_lost_with_rabbitmq_when(fault: Fault, arguments: str, node: Node, tmp_path: Path) -> None:
-    break_under_load(fault, Shop(node.url, tmp_path, *arguments.split()), [node])
+    # The pace (seconds): else the publisher may be through before the fault is there
+    break_under_load(fault, Shop(node.url, tmp_path, *arguments.split()), [node], pace=0.02)
 
 
 @pytest.mark.parametrize("fault", [leaders_are_killed, two_of_three_are_killed])
