@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 from kombu import Connection, Queue
+from mirakuru import TimeoutExpired
 from mirakuru.base import Executor
 from typing_extensions import Self
 
@@ -73,7 +74,11 @@ class Program(Executor):
         """Start the program, and wait until it is ready."""
         with self.output_file.open("ab") as output:
             self._stdout = self._stderr = output
-            return super().start()
+            try:
+                return super().start()
+            except TimeoutExpired as error:
+                logs = [path.read_text()[-3000:] for path in self.output_file.parent.rglob("*.log")]
+                raise AssertionError("\n".join([str(error), *logs])) from None
 
 
 class Node(Program):
@@ -102,7 +107,8 @@ class Node(Program):
         )
         self.environment |= variables
         command = [rabbitmq_program("rabbitmq-server")]
-        super().__init__(command, folder / "output", envvars=self.environment, timeout=60)
+        # Seconds; once a killed node of a cluster (4.0) took more than sixty
+        super().__init__(command, folder / "output", envvars=self.environment, timeout=150)
 
     def after_start_check(self) -> bool:
         """Tell whether a client can log in."""
