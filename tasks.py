@@ -11,6 +11,7 @@ import contextlib
 import functools
 import hashlib
 import itertools
+import math
 import os
 import re
 import signal
@@ -19,7 +20,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from datetime import datetime
 from pathlib import Path
 from typing import Any, ClassVar, cast
@@ -252,6 +253,7 @@ class SafeResultConsumer(ResultConsumer):
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self.lock = threading.RLock()  # without: threads that wait for results of one caller lose them
+        self.alive = time.monotonic()  # when a result came last
 
     def consume_from(self, task_id: str) -> None:
         """Leave it to drain_events, which can wait for RabbitMQ."""
@@ -278,6 +280,7 @@ class SafeResultConsumer(ResultConsumer):
 
     def on_state_change(self, meta: dict[str, Any], message: Message) -> None:
         """Hand a state to those who wait for it. Raises RuntimeError where their `on_message` failed."""
+        self.alive = time.monotonic()
         try:
             super().on_state_change(meta, message)
         except OSError as error:  # it would pass for a lost connection
@@ -319,10 +322,22 @@ class SafeRPCBackend(RPCBackend):
         return queue
 
     def on_task_call(self, producer: Producer, task_id: str) -> None:
-        """Declare the reply queue, in as many attempts as publishing has; Celery's own never ends."""
+        """Declare the reply queue before the first call, and after a lost connection; keep it from expiring.
+
+        It does when nobody consumes from it, though it is declared again, as it is a quorum queue.
+        Celery's own method declares it at every call, and never gives up.
+        """
+        connection: Any = producer.connection
+        declared = connection.declared_entities  # kombu's own notes, empty after a lost connection
+        unread = time.monotonic() - self.result_consumer.alive > (self.expires or math.inf) / 2
+        if task_join_will_block() or (self.oid in declared and not unread):
+            return  # the first: a task has no reply queue, as it must not wait for another task
         channel: Any = producer.channel
-        if not task_join_will_block():  # a task has no reply queue, as it must not wait for another task
-            maybe_declare(self.binding(channel), retry=True, **app.conf.task_publish_retry_policy)
+        maybe_declare(self.binding(channel), retry=True, **app.conf.task_publish_retry_policy)
+        declared.add(self.oid)
+        if unread:
+            with contextlib.suppress(TimeoutError):
+                self.result_consumer.drain_events(timeout=0.01)
 
 
 app.loader.override_backends = {"rpc": "tasks:SafeRPCBackend"}
@@ -331,8 +346,11 @@ app.loader.override_backends = {"rpc": "tasks:SafeRPCBackend"}
 def publish_in_bulk(signatures: Iterable[Signature], window: int = 1000) -> int:
     """Publish any number of tasks, each confirmed by RabbitMQ, and return their number.
 
-    It waits for the confirms of `window` messages at a time, not of each. Results are ignored.
+    It goes on while no more than `window` messages (at least 1) are not confirmed, and keeps no more
+    tasks than that in memory. A signature is a task or a chain. For results, keep what `freeze()` of
+    each returns, in the same thread; without, let the task ignore its result, or results pile up.
     Raises kombu's OperationalError with the task that RabbitMQ refused, or the first it left open.
+    Any other error comes as it is, from `signatures` or from JSON: what was before it may be published.
     """
     declare_topology_once()
     # The transport option makes py-amqp wait after each message: here the waiting is done below.
@@ -342,7 +360,7 @@ def publish_in_bulk(signatures: Iterable[Signature], window: int = 1000) -> int:
         unconfirmed: dict[int, Signature] = {}  # by delivery tag: the first message has 1, and so on
 
         def confirm(tag: int, multiple: bool) -> None:
-            for confirmed in [t for t in unconfirmed if t <= tag] if multiple else [tag]:
+            for confirmed in list(itertools.takewhile(tag.__ge__, unconfirmed)) if multiple else [tag]:
                 del unconfirmed[confirmed]
 
         def refuse(tag: int, multiple: bool) -> None:
@@ -354,20 +372,27 @@ def publish_in_bulk(signatures: Iterable[Signature], window: int = 1000) -> int:
             channel.events["basic_nack"].add(refuse)
             channel.confirm_select()
         errors: Any = (OperationalError, *connection.connection_errors, *connection.channel_errors)
-        published, remaining = 0, iter(signatures)
-        while batch := list(itertools.islice(remaining, window)):
-            unconfirmed.update(enumerate(batch, start=published + 1))
+
+        @contextlib.contextmanager
+        def telling() -> Iterator[None]:
             try:
-                for task in batch:
-                    task.apply_async(producer=producer, ignore_result=True, retry=False)
-                while confirms and unconfirmed:
-                    connection.drain_events()
+                yield
             except errors as error:
-                first = f"{next(iter(unconfirmed.values()))!s:.100}"
+                first = f"{next(iter(unconfirmed.values()), None)!s:.100}"
                 raise OperationalError(f"{len(unconfirmed)} not confirmed, first {first}: {error}") from error
-            published += len(batch)
-            unconfirmed.clear()
-    return published
+
+        number = 0
+        for number, task in enumerate(signatures, start=1):
+            with telling():
+                if confirms:
+                    unconfirmed[number] = task
+                task.apply_async(producer=producer, retry=False, add_to_parent=False)
+                while len(unconfirmed) >= window:
+                    connection.drain_events()
+        with telling():
+            while unconfirmed:
+                connection.drain_events()
+    return number
 
 
 # --- Calling a task -----------------------------------------------------------------------------

@@ -260,6 +260,38 @@ def test_the_reply_queue_of_a_dead_caller_expires(odd: Odd, session_node: Node) 
     until(lambda: not set(reply_queues()) - before)
 
 
+def test_a_caller_that_publishes_for_longer_than_its_results_last(odd: Odd) -> None:
+    # Given a reply queue that expires after four seconds without a consumer, though it is declared again
+    code = (
+        "import time\n"
+        "tasks.app.conf.result_expires = 4\n"
+        "started, calls = time.monotonic(), []\n"
+        "while time.monotonic() - started < 10:\n"
+        "    calls.append(odd.size.delay('four'))\n"
+        "    time.sleep(0.2)\n"
+        "print({call.get(timeout=20) for call in calls})"
+    )
+    # Then all results are there when the caller asks for the first
+    assert odd.call(code).stdout == "{4}\n"
+
+
+def test_a_caller_that_was_idle_until_its_reply_queue_expired(odd: Odd, session_node: Node) -> None:
+    # Given a caller whose reply queue expires after two seconds without a consumer, and that does nothing
+    code = (
+        "tasks.app.conf.result_expires = 2\n"
+        "odd.size.delay('x')\n"
+        "print(tasks.app.backend.oid)\n"
+        "input()\n"
+        "print(odd.size.delay('xx').get(timeout=20))"
+    )
+    with odd.start(code) as caller:
+        assert caller.stdout
+        queue = caller.stdout.readline().strip()
+        until(lambda: queue not in session_node.control("-q", "list_queues", "-p", "odd", "name"))
+        # When it calls again, then it gets its result
+        assert caller.communicate("\n", timeout=30)[0] == "2\n"
+
+
 # --- Traps of the pair --------------------------------------------------------------------------
 def test_two_workers_of_one_name_both_work(fresh: str, tmp_path: Path) -> None:
     with Worker(fresh, tmp_path, "-c1") as first, Worker(fresh, tmp_path, "-c1") as second:

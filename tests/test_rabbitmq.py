@@ -371,6 +371,29 @@ def test_bulk_publishing_publishes_each_task_once(fresh: str) -> None:
     assert depth(fresh, "default") == 2345
 
 
+def test_bulk_publishing_takes_no_more_memory_for_more_tasks(fresh: str) -> None:
+    code = (
+        "import resource, tasks\n"
+        "for number in (5_000, 20_000):\n"
+        "    tasks.publish_in_bulk(tasks.check_price.s(i) for i in range(number))\n"
+        "    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)\n"
+    )
+    first, second = map(int, python("-c", code, CELERY_BROKER_URL=fresh).stdout.split())
+    assert second - first < 2048  # KiB; 15,000 more tasks would take over ten times as much
+
+
+def test_results_of_tasks_that_were_published_in_bulk(fresh: str, tmp_path: Path) -> None:
+    code = (
+        "import tasks\n"
+        "calls = [tasks.add.s(number, 1) for number in range(500)]\n"
+        "results = [call.freeze() for call in calls]\n"
+        "tasks.publish_in_bulk(calls, window=50)\n"
+        "print([result.get(timeout=30) for result in results] == list(range(1, 501)))"
+    )
+    with Worker(fresh, tmp_path, "-c2"):
+        assert python("-c", code, CELERY_BROKER_URL=fresh).stdout == "True\n"
+
+
 def test_bulk_publishing_tells_of_a_refused_task(fresh: str) -> None:
     # Given a queue that takes ten messages and refuses more
     code = (
