@@ -1,0 +1,458 @@
+"""The benchmark: this project beside what people would use instead, on one RabbitMQ, in one run.
+
+    $ pip install -e '.[bench]'
+    $ python tests/benchmark.py
+
+It starts a RabbitMQ of its own (rabbitmq-server must be on PATH). Each figure is the median of as many
+rounds as `--rounds` says, in which the contenders take turns, with its lowest and its highest. A worker
+has two processes. On another machine the figures are others: what counts is their ratio.
+"""
+
+import importlib
+import json
+import multiprocessing
+import os
+import platform
+import resource
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import click
+import psutil
+from kombu import Connection, Queue
+
+HERE = Path(__file__).parent
+sys.path.append(str(HERE / "contenders"))
+from conftest import PROJECT, Node, clean_environment  # noqa: E402  (it is beside this file)
+
+from run_tasks import table  # noqa: E402
+
+
+class Entry(NamedTuple):
+    """What is measured: a module, the packages whose versions are told, and how its worker differs."""
+
+    module: str
+    packages: tuple[str, ...]
+    arguments: tuple[str, ...] = ()
+    settings: str = "{}"  # JSON
+
+
+CELERY = ("celery", "kombu", "amqp")
+TINY = ("--prefetch-multiplier", "32")
+CONTENDERS = {
+    "this project": Entry("project", CELERY),
+    "this project, prefetch 32": Entry("project", CELERY, TINY),
+    "Celery, stock": Entry("stock", CELERY),
+    "Dramatiq": Entry("with_dramatiq", ("dramatiq", "pika")),
+    "Taskiq": Entry("with_taskiq", ("taskiq", "taskiq-aio-pika", "aio-pika")),
+    "kombu alone": Entry("limit", ("kombu", "amqp")),
+}
+# This project with one thing changed at a time: what a guarantee costs, and what a setting gains
+VARIANTS = {
+    "as it is": Entry("project", CELERY),
+    "without confirms": Entry("project", CELERY, settings='{"unconfirmed": true}'),
+    "acknowledged before the work": Entry("project", CELERY, settings='{"task_acks_late": false}'),
+    "classic queues": Entry("project", CELERY, settings='{"classic": true}'),
+    "prefetch 4": Entry("project", CELERY, ("--prefetch-multiplier", "4")),
+    "prefetch 32": Entry("project", CELERY, TINY),
+    "prefetch 32, threads": Entry("project", CELERY, (*TINY, "--pool", "threads")),
+    "prefetch 32, 8 processes": Entry("project", CELERY, (*TINY, "-c8")),
+    "prefetch 32, events": Entry("project", CELERY, (*TINY, "-E")),
+    "prefetch 32, log level info": Entry("project", CELERY, (*TINY, "-linfo")),
+    "prefetch 32, no gossip, mingle, heartbeat": Entry(
+        "project", CELERY, (*TINY, "--without-gossip", "--without-mingle", "--without-heartbeat")
+    ),
+}
+FIGURES: dict[str, dict[str, list[float]]] = {}  # by figure, then by contender: one number a round
+
+
+# --- In a process of its own: one who publishes -------------------------------------------------
+def settle(environment: dict[str, str]) -> None:
+    """Begin such a process."""
+    os.environ.update(environment)
+
+
+def about(contender: str) -> tuple[tuple[str, ...], bool, int]:
+    """Return how the worker of a contender is started, whether it has results, how many items it gets."""
+    module = importlib.import_module(contender)
+    return module.WORKER, hasattr(module, "call"), module.ITEMS
+
+
+def timed(contender: str, function: str, *arguments: Any) -> tuple[float, float, Any]:
+    """Call a function of a contender, ready to publish; return when it began and ended, and its value."""
+    module = importlib.import_module(contender)
+    module.publish(10, "x")
+    began = time.perf_counter()
+    value = getattr(module, function)(*arguments)
+    return began, time.perf_counter(), value
+
+
+def growth(contender: str, function: str, number: int, times: int) -> float:
+    """Call a function several times; return by how many KiB each time but the first raised the peak."""
+    module, peaks = importlib.import_module(contender), []
+    for _ in range(times):
+        getattr(module, function)(number, "x" * 100)
+        peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+    return (peaks[-1] - peaks[0]) / (times - 1)
+
+
+# --- One contender ------------------------------------------------------------------------------
+class Contender:
+    """A contender with a virtual host of its own, and a file in which its workers note what they did."""
+
+    def __init__(self, title: str, entry: Entry, node: Node, folder: Path) -> None:
+        self.title, self.module, self.packages, self.node = title, entry.module, entry.packages, node
+        self.host = tempfile.mkdtemp(dir=folder).rpartition("/")[2]  # a name that is not taken
+        self.file, self.log = folder / self.host / "done", folder / self.host / "log"
+        self.file.touch()
+        self.published = 0
+        node.control("add_vhost", self.host)
+        node.control("set_permissions", "-p", self.host, "guest", ".*", ".*", ".*")
+        self.environment = {
+            "CELERY_BROKER_URL": f"{node.url.removesuffix('/')}{self.host}",
+            "BENCHMARK_FILE": str(self.file),
+            "BENCHMARK_SETTINGS": entry.settings,
+            "PYTHONPATH": os.pathsep.join((str(PROJECT), str(HERE / "contenders"))),
+        }
+        with self.process() as process:
+            worker, self.has_results, self.items = process.apply(about, (self.module,))
+        self.command = (*worker, *entry.arguments)
+
+    @contextmanager
+    def process(self) -> Iterator[Any]:
+        """Give a new process in which functions can be called."""
+        context = multiprocessing.get_context("spawn")
+        with context.Pool(1, settle, (self.environment,)) as pool:
+            yield pool
+            pool.close()
+            pool.join()
+
+    def ask(self, function: str, *arguments: Any) -> tuple[float, float, Any]:
+        """Do what `timed` does in a new process."""
+        with self.process() as process:
+            told: tuple[float, float, Any] = process.apply(timed, (self.module, function, *arguments))
+        self.published += 10 + arguments[0]
+        return told
+
+    def rate_of(self, function: str, number: int, *arguments: Any) -> float:
+        """Return how many tasks/s a function publishes."""
+        began, ended, _ = self.ask(function, number, *arguments)
+        return number / (ended - began)
+
+    def note(self, figure: str, number: float, row: str = "") -> None:
+        """Add the number of one round to a figure."""
+        FIGURES.setdefault(figure, {}).setdefault(row or self.title, []).append(number)
+
+    @contextmanager
+    def workers(self, nodes: int = 1) -> Iterator[list[psutil.Process]]:
+        """Run its workers, each of two processes; they are killed in the end."""
+        names = [("-n", f"node{number}@localhost") for number in range(nodes)] if nodes > 1 else [()]
+        with self.log.open("ab") as log:
+            running = [
+                subprocess.Popen(
+                    [sys.executable, *self.command, *name],
+                    cwd=HERE / "contenders",
+                    env=clean_environment(**self.environment),
+                    stdout=log,
+                    stderr=log,
+                    start_new_session=True,
+                )
+                for name in names
+            ]
+        try:
+            yield [psutil.Process(process.pid) for process in running]
+        finally:
+            for process in running:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+
+    def done(self) -> int:
+        """Return how much its workers have done: a byte a task."""
+        return self.file.stat().st_size
+
+    def time_of(self, number: int) -> float:
+        """Wait until its workers have done so much, and return when that was (seconds)."""
+        seen, moved = 0, time.monotonic()
+        while (done := self.done()) < number:
+            if done > seen:
+                seen, moved = done, time.monotonic()
+            if time.monotonic() - moved > 60:
+                raise RuntimeError(f"{self.title} stands still: {self.log.read_text()[-2000:]}")
+            time.sleep(0.002)
+        return time.perf_counter()
+
+    def wait_for_silence(self) -> None:
+        """Wait until its workers, once they have begun, have done nothing for three seconds."""
+        seen = self.done()
+        self.time_of(seen + 1)
+        while seen < (seen := self.done()):
+            time.sleep(3)
+
+    def rate(self, first: int, last: int) -> float:
+        """Return at how many tasks/s the workers go from the first to the last of those to come."""
+        before = self.done()
+        started = self.time_of(before + first)
+        return (last - first) / (self.time_of(before + last) - started)
+
+    def queues(self) -> dict[str, str]:
+        """Return the type of each queue by its name."""
+        listed = self.node.control(
+            "-q", "list_queues", "-p", self.host, "name", "type", "--formatter", "json"
+        )
+        return {queue["name"]: queue["type"] for queue in json.loads(listed)}
+
+    def empty(self) -> None:
+        """Take away what is left in its queues."""
+        with Connection(self.environment["CELERY_BROKER_URL"]) as connection, connection.channel() as channel:
+            for name in self.queues():
+                Queue(name)(channel).purge()
+        self.published = self.done()
+
+    def catch_up(self) -> None:
+        """Wait until its workers have done all that was published."""
+        self.time_of(self.published)
+
+
+def mebibytes(workers: list[psutil.Process]) -> float:
+    """Return the memory of workers with all their processes, what they share counted once."""
+    everything = [process for worker in workers for process in (worker, *worker.children(recursive=True))]
+    return float(sum(process.memory_full_info().pss for process in everything)) / 2**20
+
+
+# --- What is measured ---------------------------------------------------------------------------
+def publishing(contender: Contender, size: int, what: str = "") -> None:
+    """Publish tasks with a payload of so many bytes."""
+    payload, figure = "x" * size, f"{what}publish in bulk, {size} B, tasks/s"
+    if contender.title == "this project":
+        rate = contender.rate_of("publish_unconfirmed", 4000, payload)
+        contender.note(figure, rate, row="… without confirms")
+        contender.empty()
+    contender.note(f"{what}publish, {size} B, tasks/s", contender.rate_of("publish", 1000, payload))
+    contender.note(figure, contender.rate_of("publish_bulk", 4000, payload))
+
+
+def consuming(contender: Contender, size: int, what: str = "") -> None:
+    """Consume them, and more, whose results are collected."""
+    published, started = contender.done(), time.perf_counter()
+    with contender.workers() as running:
+        contender.note(f"{what}start to first task, s", contender.time_of(published + 1) - started)
+        contender.note(f"{what}consume, {size} B, tasks/s", contender.rate(500, 4500))
+        contender.catch_up()
+        contender.note(f"{what}memory of a worker, MiB", mebibytes(running))
+        if contender.has_results:
+            rate = contender.rate_of("collect", 1000, "x" * size)
+            contender.note(f"{what}with results, {size} B, tasks/s", rate)
+            *_, seconds = contender.ask("call", 310)
+            calls = sorted(seconds[10:])
+            contender.note(f"{what}round trip p50, ms", 1000 * calls[len(calls) // 2])
+            contender.note(f"{what}round trip p95, ms", 1000 * calls[len(calls) * 95 // 100])
+    contender.empty()
+
+
+def tiny_items(contender: Contender) -> None:
+    """Publish and run tiny items of work, in the contender's own way."""
+    with contender.workers():
+        contender.ask("publish", 10, "x")
+        contender.catch_up()
+        began, _, _ = contender.ask("publish_items", contender.items)
+        contender.catch_up()
+        contender.note("tiny items, items/s", contender.items / (time.perf_counter() - began))
+    contender.empty()
+
+
+def depths(contender: Contender, rounds: int) -> None:
+    """Consume from a queue of a thousand tasks, and from one of a hundred thousand."""
+    for depth in 1000, 100_000:
+        for number in range(rounds):
+            if depth == 1000 or not number:
+                contender.ask("publish_bulk", depth, "x" * 100)
+            with contender.workers():
+                contender.note(f"consume, {depth:,} queued, tasks/s", contender.rate(200, 1000))
+    contender.empty()
+
+
+def nodes(contender: Contender) -> None:
+    """Consume with one worker node, two and four: tasks that wait for 20 ms."""
+    ping = [sys.executable, "-m", "celery", *contender.command[2:4], "inspect", "ping"]
+    options: Any = {"cwd": HERE / "contenders", "env": clean_environment(**contender.environment)}
+    for number in 1, 2, 4:
+        with contender.workers(number):
+            while (
+                subprocess.run(ping, check=False, capture_output=True, **options).stdout.count(b"pong")
+                < number
+            ):
+                time.sleep(0.5)
+            contender.ask("publish_slow", 400 * number)
+            rate = contender.rate(4 * 20 * number, 4 * 220 * number) / 4
+            contender.note("tasks of 20 ms, tasks/s", rate, f"{contender.title}, {number} nodes")
+        contender.empty()
+
+
+def memory(contender: Contender) -> None:
+    """Let memory grow, if it does: in a worker over 100,000 tasks, in a caller with results and in bulk."""
+    tasks = 100_000
+    with contender.process() as process:
+        kibibytes = process.apply(growth, (contender.module, "publish_bulk", tasks // 5, 5))
+    contender.note("publisher: growth, B a task", 1024 * kibibytes / (tasks // 5))
+    with contender.workers() as running:
+        before = contender.done()
+        contender.time_of(before + tasks // 5)
+        first = mebibytes(running)
+        contender.time_of(before + tasks)
+        contender.note("worker: growth, B a task", (mebibytes(running) - first) * 2**20 / (tasks * 4 / 5))
+        if contender.has_results:
+            with contender.process() as process:
+                kibibytes = process.apply(growth, (contender.module, "collect", 1000, 10))
+            contender.note("caller: growth, B a result", 1024 * kibibytes / 1000)
+    contender.empty()
+
+
+def lessons(project: Contender) -> None:
+    """Run all lessons without RabbitMQ, and `parallel` with it, through the driver."""
+    driver = [sys.executable, str(PROJECT / "run_tasks.py"), "--json"]
+    began = time.perf_counter()
+    subprocess.run([*driver, "--embedded"], check=False, capture_output=True)
+    project.note("all lessons embedded, s", time.perf_counter() - began)
+    environment = clean_environment(**project.environment)
+    told = subprocess.run([*driver, "parallel"], check=False, env=environment, stdout=subprocess.PIPE).stdout
+    share = json.loads(told)["rows"][0]["share of it"]
+    project.note("8 slow tasks on 8 slots, share of the ideal", share)
+
+
+def guarantees(contender: Contender) -> dict[str, Any]:
+    """Return what RabbitMQ sees of a contender, and what a killed worker loses."""
+
+    def channels() -> list[dict[str, Any]]:
+        columns = ("vhost", "confirm", "--formatter", "json")
+        listed = json.loads(contender.node.control("-q", "list_channels", *columns))
+        return [channel for channel in listed if channel["vhost"] == contender.host]
+
+    with contender.process() as process:
+        publishing, confirmed = (
+            process.apply_async(timed, (contender.module, "publish_bulk", 50_000, "x")),
+            False,
+        )
+        while not publishing.ready():
+            confirmed |= any(channel["confirm"] for channel in channels())
+    with (
+        Connection(contender.environment["CELERY_BROKER_URL"]) as connection,
+        connection.channel() as channel,
+    ):
+        amqp: Any = channel
+        queues = contender.queues().items()
+        types = {kind for name, kind in queues if amqp.queue_declare(name, passive=True).message_count}
+    contender.empty()
+    contender.ask("publish_slow", 300)
+    before = contender.done()
+    with contender.workers():
+        contender.time_of(before + 400)  # a quarter of them have run
+    with contender.workers():
+        contender.wait_for_silence()
+    ran = {int(line) for line in contender.file.read_bytes()[before:].replace(b".", b"").split()}
+    return {
+        "contender": contender.title,
+        "versions": ", ".join(f"{package} {version(package)}" for package in contender.packages),
+        "confirmed publish": "yes" if confirmed else "no",
+        "queue": ", ".join(types),
+        "lost with a killed worker": f"{300 - len(ran)} of 300",
+        "results": "yes" if contender.has_results else "no",
+    }
+
+
+# --- What is printed ----------------------------------------------------------------------------
+def summary() -> list[dict[str, Any]]:
+    """Return the median of each figure, its spread, and its ratio to Celery's with stock settings."""
+    rows = []
+    for figure, by_row in FIGURES.items():
+        reference = statistics.median(by_row.get("Celery, stock") or next(iter(by_row.values())))
+        for row, numbers in by_row.items():
+            median = statistics.median(numbers)
+            digits = 2 if abs(median) < 100 else 0
+            spread = f"{min(numbers):,.{digits}f} to {max(numbers):,.{digits}f}"
+            rows.append(
+                {
+                    "figure": figure,
+                    "": row,
+                    "median": f"{median:,.{digits}f}",
+                    "lowest to highest": spread,
+                    "ratio": f"{median / reference:.2f}" if reference else "",
+                }
+            )
+    return rows
+
+
+def chart(path: Path) -> None:
+    """Draw the figures that compare the contenders."""
+    import matplotlib.pyplot as plt  # noqa: PLC0415  (slow to import, and needed here only)
+
+    titles = list(CONTENDERS)
+    compared = [name for name, by_row in FIGURES.items() if {"this project", "Celery, stock"} <= set(by_row)]
+    figure, axes = plt.subplots(-(-len(compared) // 3), 3, figsize=(12, 12), layout="constrained")
+    for axis, name in zip(axes.flat, compared, strict=False):
+        shown = [title for title in titles if title in FIGURES[name]]
+        medians = [statistics.median(FIGURES[name][title]) for title in shown]
+        colours = [f"C{titles.index(title)}" for title in shown]
+        axis.barh(shown, medians, color=colours)
+        axis.invert_yaxis()
+        axis.set_title(name, fontsize=10)
+    for axis in axes.flat[len(compared) :]:
+        axis.remove()
+    figure.savefig(path)
+
+
+@click.command()
+@click.option("--rounds", default=5, show_default=True, help="Rounds in which the contenders take turns.")
+@click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write each number of each round.")
+@click.option(
+    "--chart", "chart_file", type=click.Path(path_type=Path), help="Draw the comparison (SVG, PNG)."
+)
+def main(rounds: int, json_file: Path | None, chart_file: Path | None) -> None:
+    """Measure this project and its peers side by side, in about half an hour."""
+    with tempfile.TemporaryDirectory() as folder:
+        (home := Path(folder, "rabbitmq")).mkdir()
+        with Node(home) as node:
+            contenders, variants = (
+                [Contender(title, entry, node, Path(folder)) for title, entry in entries.items()]
+                for entries in (CONTENDERS, VARIANTS)
+            )
+            celery = [c for c in contenders if c.title in ("this project", "Celery, stock")]
+            steps: list[Callable[[], None]] = []
+            for _ in range(rounds):
+                for size in 100, 10_000:
+                    for contender in contenders:
+                        steps += [partial(publishing, contender, size), partial(consuming, contender, size)]
+                steps += [partial(tiny_items, contender) for contender in contenders]
+                for variant in variants:
+                    steps += [partial(publishing, variant, 100, "variant: ")]
+                    steps += [partial(consuming, variant, 100, "variant: ")]
+                steps += [partial(nodes, contender) for contender in celery]
+                steps += [partial(lessons, contender) for contender in celery[:1]]
+            steps += [partial(depths, contender, rounds) for contender in contenders]
+            steps += [partial(memory, contender) for contender in celery]
+            try:
+                with click.progressbar(steps, label="Measuring", file=sys.stderr, show_pos=True) as waiting:
+                    for step in waiting:
+                        step()
+                told = [guarantees(contender) for contender in contenders]
+            finally:
+                if json_file:
+                    json_file.write_text(json.dumps(FIGURES, indent=1))
+            rabbitmq = node.control("-q", "version").strip()
+    print(f"RabbitMQ {rabbitmq}, Python {platform.python_version()}, {os.cpu_count()} cores, {rounds} rounds")
+    print("\n".join([*table(told), "", *table(summary())]))
+    if chart_file:
+        chart(chart_file)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,75 @@
+"""The app of this project with its settings, to which the tasks of the benchmark are added."""
+
+import json
+import os
+import time
+from typing import Any
+
+from work import mark, mark_slowly
+
+import celeryconfig
+import tasks
+from tasks import app, publish_in_bulk
+
+settings = json.loads(os.environ["BENCHMARK_SETTINGS"])
+if settings.pop("classic", False):
+    for queue in celeryconfig.task_queues:
+        queue.queue_arguments = {}
+    tasks.QUORUM.clear()
+if settings.pop("unconfirmed", False):
+    app.conf.broker_transport_options |= {"confirm_publish": False}
+app.conf.update(settings)
+
+WORKER = ("-m", "celery", "-A", "tasks", "worker", "-c2", "-lerror", "--include", "project")
+ITEMS = 200_000
+note = app.task(name="note", ignore_result=True)(mark)
+note_slowly = app.task(name="note_slowly", ignore_result=True)(mark_slowly)
+answer = app.task(name="answer")(mark)
+
+
+def publish(number: int, payload: str) -> None:
+    """Publish tasks one at a time."""
+    for _ in range(number):
+        note.delay(payload)
+
+
+def publish_bulk(number: int, payload: str) -> None:
+    """Publish tasks with a thousand confirms under way."""
+    publish_in_bulk(note.s(payload) for _ in range(number))
+
+
+def publish_unconfirmed(number: int, payload: str) -> None:
+    """Publish tasks as publish_in_bulk does, but for the confirms: what it could reach at most."""
+    with app.connection_for_write(transport_options={"confirm_publish": False}) as connection:
+        producer = app.amqp.Producer(connection.channel())
+        for _ in range(number):
+            note.apply_async((payload,), producer=producer)
+
+
+def publish_slow(number: int) -> None:
+    """Publish tasks of 20 ms, which know their number."""
+    publish_in_bulk(note_slowly.s(one) for one in range(number))
+
+
+def publish_items(number: int) -> None:
+    """Publish tiny items, a hundred in a message."""
+    chunks: Any = note.chunks((("x",) for _ in range(number)), 100)
+    publish_in_bulk(chunk.set(ignore_result=True) for chunk in chunks.group().tasks)
+
+
+def collect(number: int, payload: str) -> None:
+    """Publish tasks and wait for their results."""
+    calls = [answer.s(payload) for _ in range(number)]
+    results = [call.freeze() for call in calls]
+    publish_in_bulk(calls)
+    assert sum(result.get(timeout=60) for result in results) == number * len(payload)
+
+
+def call(number: int) -> list[float]:
+    """Call a task and wait for its result, again and again; return the seconds of each."""
+    seconds = []
+    for _ in range(number):
+        started = time.perf_counter()
+        answer.delay("x").get(timeout=10)
+        seconds.append(time.perf_counter() - started)
+    return seconds
