@@ -438,7 +438,7 @@ def receipt(cents: int) -> str:
 
 # --- Custom states: the customer watches the parcel being packed --------------------------------
 @app.task(bind=True)
-def pack_order(self: SafeTask, items: int, seconds: float = 0.2) -> int:
+def pack_order(self: SafeTask, items: int, seconds: float = 0.1) -> int:
     """Pack `items`, simulated by sleeping for `seconds` each, and report PROGRESS after each."""
     for packed in range(1, items + 1):
         time.sleep(seconds)

@@ -3,9 +3,13 @@
     $ pip install -e '.[bench]'
     $ python tests/benchmark.py
 
-It starts a RabbitMQ of its own (rabbitmq-server must be on PATH). Each figure is the median of as many
-rounds as `--rounds` says, in which the contenders take turns, with its lowest and its highest. A worker
-has two processes. On another machine the figures are others: what counts is their ratio.
+It starts a RabbitMQ of its own (rabbitmq-server must be on PATH), or uses one that is given, in virtual
+hosts that it makes and deletes: `--url amqp://guest:guest@127.0.0.1//`. `--rabbitmqctl` is the command
+that controls it: in a container, 'docker compose exec -T rabbitmq rabbitmqctl'.
+
+Each figure is the median of as many rounds as `--rounds` says, in which the contenders take turns, with its
+lowest and its highest. A worker has two processes. On another machine the figures are others: what counts
+is their ratio.
 """
 
 import importlib
@@ -14,6 +18,7 @@ import multiprocessing
 import os
 import platform
 import resource
+import shlex
 import signal
 import statistics
 import subprocess
@@ -21,11 +26,12 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.parse import urlsplit
 
 import click
 import psutil
@@ -66,6 +72,7 @@ VARIANTS = {
     "prefetch 4": Entry("project", CELERY, ("--prefetch-multiplier", "4")),
     "prefetch 32": Entry("project", CELERY, TINY),
     "prefetch 32, threads": Entry("project", CELERY, (*TINY, "--pool", "threads")),
+    "prefetch 32, solo": Entry("project", CELERY, (*TINY, "--pool", "solo")),
     "prefetch 32, 8 processes": Entry("project", CELERY, (*TINY, "-c8")),
     "prefetch 32, events": Entry("project", CELERY, (*TINY, "-E")),
     "prefetch 32, log level info": Entry("project", CELERY, (*TINY, "-linfo")),
@@ -74,6 +81,19 @@ VARIANTS = {
     ),
 }
 FIGURES: dict[str, dict[str, list[float]]] = {}  # by figure, then by contender: one number a round
+
+
+class GivenNode(NamedTuple):
+    """A RabbitMQ that runs already, and the command that controls it."""
+
+    url: str
+    rabbitmqctl: str
+
+    def control(self, *arguments: str) -> str:
+        """Run rabbitmqctl, and return what it prints."""
+        return subprocess.run(
+            [*shlex.split(self.rabbitmqctl), *arguments], check=True, stdout=subprocess.PIPE, text=True
+        ).stdout
 
 
 # --- In a process of its own: one who publishes -------------------------------------------------
@@ -94,7 +114,9 @@ def timed(contender: str, function: str, *arguments: Any) -> tuple[float, float,
     module.publish(10, "x")
     began = time.perf_counter()
     value = getattr(module, function)(*arguments)
-    return began, time.perf_counter(), value
+    ended = time.perf_counter()
+    getattr(module, "close", int)()  # without: what was not confirmed may be lost as the process ends
+    return began, ended, value
 
 
 def growth(contender: str, function: str, number: int, times: int) -> float:
@@ -110,16 +132,16 @@ def growth(contender: str, function: str, number: int, times: int) -> float:
 class Contender:
     """A contender with a virtual host of its own, and a file in which its workers note what they did."""
 
-    def __init__(self, title: str, entry: Entry, node: Node, folder: Path) -> None:
+    def __init__(self, title: str, entry: Entry, node: Node | GivenNode, folder: Path) -> None:
         self.title, self.module, self.packages, self.node = title, entry.module, entry.packages, node
         self.host = tempfile.mkdtemp(dir=folder).rpartition("/")[2]  # a name that is not taken
         self.file, self.log = folder / self.host / "done", folder / self.host / "log"
         self.file.touch()
         self.published = 0
         node.control("add_vhost", self.host)
-        node.control("set_permissions", "-p", self.host, "guest", ".*", ".*", ".*")
+        node.control("set_permissions", "-p", self.host, urlsplit(node.url).username or "", *(3 * [".*"]))
         self.environment = {
-            "CELERY_BROKER_URL": f"{node.url.removesuffix('/')}{self.host}",
+            "CELERY_BROKER_URL": f"{node.url.rstrip('/')}/{self.host}",
             "BENCHMARK_FILE": str(self.file),
             "BENCHMARK_SETTINGS": entry.settings,
             "PYTHONPATH": os.pathsep.join((str(PROJECT), str(HERE / "contenders"))),
@@ -410,46 +432,57 @@ def chart(path: Path) -> None:
     figure.savefig(path)
 
 
+def steps(contenders: list[Contender], variants: list[Contender], rounds: int) -> list[Callable[[], None]]:
+    """Return all that is measured, in its order: in each round the contenders take turns."""
+    celery = [contender for contender in contenders if contender.title in ("this project", "Celery, stock")]
+    one_round: list[Callable[[], None]] = []
+    for size in 100, 10_000:
+        for contender in contenders:
+            one_round += [partial(publishing, contender, size), partial(consuming, contender, size)]
+    one_round += [partial(tiny_items, contender) for contender in contenders]
+    for variant in variants:
+        one_round += [partial(publishing, variant, 100, "variant: ")]
+        one_round += [partial(consuming, variant, 100, "variant: ")]
+    one_round += [partial(nodes, contender) for contender in celery]
+    one_round += [partial(lessons, contender) for contender in celery[:1]]
+    once = [partial(depths, contender, rounds) for contender in contenders]
+    return [*one_round * rounds, *once, *(partial(memory, contender) for contender in celery)]
+
+
 @click.command()
 @click.option("--rounds", default=5, show_default=True, help="Rounds in which the contenders take turns.")
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write each number of each round.")
 @click.option(
     "--chart", "chart_file", type=click.Path(path_type=Path), help="Draw the comparison (SVG, PNG)."
 )
-def main(rounds: int, json_file: Path | None, chart_file: Path | None) -> None:
-    """Measure this project and its peers side by side, in about half an hour."""
-    with tempfile.TemporaryDirectory() as folder:
-        (home := Path(folder, "rabbitmq")).mkdir()
-        with Node(home) as node:
-            contenders, variants = (
-                [Contender(title, entry, node, Path(folder)) for title, entry in entries.items()]
-                for entries in (CONTENDERS, VARIANTS)
-            )
-            celery = [c for c in contenders if c.title in ("this project", "Celery, stock")]
-            steps: list[Callable[[], None]] = []
-            for _ in range(rounds):
-                for size in 100, 10_000:
-                    for contender in contenders:
-                        steps += [partial(publishing, contender, size), partial(consuming, contender, size)]
-                steps += [partial(tiny_items, contender) for contender in contenders]
-                for variant in variants:
-                    steps += [partial(publishing, variant, 100, "variant: ")]
-                    steps += [partial(consuming, variant, 100, "variant: ")]
-                steps += [partial(nodes, contender) for contender in celery]
-                steps += [partial(lessons, contender) for contender in celery[:1]]
-            steps += [partial(depths, contender, rounds) for contender in contenders]
-            steps += [partial(memory, contender) for contender in celery]
-            try:
-                with click.progressbar(steps, label="Measuring", file=sys.stderr, show_pos=True) as waiting:
-                    for step in waiting:
-                        step()
-                told = [guarantees(contender) for contender in contenders]
-            finally:
-                if json_file:
-                    json_file.write_text(json.dumps(FIGURES, indent=1))
-            rabbitmq = node.control("-q", "version").strip()
-    print(f"RabbitMQ {rabbitmq}, Python {platform.python_version()}, {os.cpu_count()} cores, {rounds} rounds")
-    print("\n".join([*table(told), "", *table(summary())]))
+@click.option("--url", help="The RabbitMQ to use.  [default: one that is started for the run]")
+@click.option("--rabbitmqctl", default="rabbitmqctl", show_default=True, help="The command that controls it.")
+def main(rounds: int, json_file: Path | None, chart_file: Path | None, url: str, rabbitmqctl: str) -> None:
+    """Measure this project and its peers side by side, in about seven minutes a round, and fifteen more."""
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        (home := folder / "rabbitmq").mkdir()
+        node = GivenNode(url, rabbitmqctl) if url else stack.enter_context(Node(home))
+        contenders, variants = (
+            [Contender(title, entry, node, folder) for title, entry in entries.items()]
+            for entries in (CONTENDERS, VARIANTS)
+        )
+        for contender in (*contenders, *variants):
+            stack.callback(node.control, "-q", "delete_vhost", contender.host)
+        machine = f"RabbitMQ {node.control('-q', 'version').strip()}, Python {platform.python_version()}"
+        machine += f", {os.cpu_count()} cores, {rounds} rounds"
+        told: list[dict[str, Any]] = []
+        try:
+            todo = steps(contenders, variants, rounds)
+            with click.progressbar(todo, label="Measuring", file=sys.stderr, show_pos=True) as waiting:
+                for step in waiting:
+                    step()
+            told += map(guarantees, contenders)
+        finally:
+            if json_file:
+                everything = {"machine": machine, "guarantees": told, "figures": FIGURES}
+                json_file.write_text(json.dumps(everything, indent=1))
+    print("\n".join([machine, *table(told), "", *table(summary())]))
     if chart_file:
         chart(chart_file)
 

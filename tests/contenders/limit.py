@@ -99,8 +99,8 @@ def publish_slow(number: int) -> None:
 
 
 def publish_items(number: int) -> None:
-    """Publish tiny items, a hundred in a message."""
-    send(({"items": ["x"] * 100} for _ in range(number // 100)), 1000)
+    """Publish tiny items, a thousand in a message."""
+    send(({"items": ["x"] * 1000} for _ in range(number // 1000)), 1000)
 
 
 def ask(number: int, payload: str, window: int) -> list[float]:

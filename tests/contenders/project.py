@@ -52,8 +52,8 @@ def publish_slow(number: int) -> None:
 
 
 def publish_items(number: int) -> None:
-    """Publish tiny items, a hundred in a message."""
-    chunks: Any = note.chunks((("x",) for _ in range(number)), 100)
+    """Publish tiny items, a thousand in a message."""
+    chunks: Any = note.chunks((("x",) for _ in range(number)), 1000)
     publish_in_bulk(chunk.set(ignore_result=True) for chunk in chunks.group().tasks)
 
 
@@ -73,3 +73,9 @@ def call(number: int) -> list[float]:
         answer.delay("x").get(timeout=10)
         seconds.append(time.perf_counter() - started)
     return seconds
+
+
+def close() -> None:
+    """Disconnect."""
+    pool: Any = app.pool
+    pool.force_close_all()

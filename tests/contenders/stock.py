@@ -38,8 +38,8 @@ def publish_slow(number: int) -> None:
 
 
 def publish_items(number: int) -> None:
-    """Publish tiny items, a hundred in a message."""
-    chunks: Any = note.chunks((("x",) for _ in range(number)), 100)
+    """Publish tiny items, a thousand in a message."""
+    chunks: Any = note.chunks((("x",) for _ in range(number)), 1000)
     chunks.apply_async(ignore_result=True)
 
 
@@ -58,3 +58,9 @@ def call(number: int) -> list[float]:
         answer.delay("x").get(timeout=10)
         seconds.append(time.perf_counter() - started)
     return seconds
+
+
+def close() -> None:
+    """Disconnect."""
+    pool: Any = app.pool
+    pool.force_close_all()

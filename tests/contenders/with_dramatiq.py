@@ -39,3 +39,8 @@ def publish_slow(number: int) -> None:
 def publish_items(number: int) -> None:
     """Publish tiny items, each in a message of its own: a group of Dramatiq is no more than that."""
     dramatiq.group(note.message("x") for _ in range(number)).run()
+
+
+def close() -> None:
+    """Disconnect."""
+    dramatiq.get_broker().close()

@@ -64,3 +64,8 @@ def publish_slow(number: int) -> None:
 def publish_items(number: int) -> None:
     """Publish tiny items, each in a message of its own."""
     publish_bulk(number, "x")
+
+
+def close() -> None:
+    """Disconnect."""
+    loop().run_until_complete(broker.shutdown())
