@@ -9,6 +9,7 @@ Queue arguments: https://www.rabbitmq.com/docs/queues#optional-arguments
 """
 
 import os
+import ssl
 import sys
 from pathlib import Path
 from typing import Any, NoReturn
@@ -54,6 +55,23 @@ def checked_url(variable: str, url: str) -> str:
     return url
 
 
+def checked_files(*variables: str) -> list[str | None]:
+    """Return the PEM files that these variables name: CA, certificate, key; stop at what is none."""
+    named = [os.environ.get(variable) for variable in variables]
+    files = [str(Path(__file__).parent / name) if name else None for name in named]
+    authority, certificate, key = files
+    cure = f"name PEM files in {', '.join(variables)}: see .env.example"
+    if bool(certificate) != bool(key):
+        stop(f"{variables[1]} and {variables[2]} go together", cure)
+    try:
+        context = ssl.create_default_context(cafile=authority)
+        if certificate:
+            context.load_cert_chain(certificate, key)
+    except OSError as error:
+        stop(f"{', '.join(filter(None, named))}: {error}", cure)
+    return files
+
+
 read_env_file(Path(__file__).with_name(".env"))
 
 # --- The broker and the result backend ----------------------------------------------------------
@@ -61,11 +79,28 @@ _user = quote(os.environ.get("RABBITMQ_USER") or "guest", safe="")
 _password = quote(os.environ.get("RABBITMQ_PASSWORD") or "guest", safe="")
 _host = os.environ.get("RABBITMQ_HOST") or "127.0.0.1"
 _host = f"[{_host}]" if ":" in _host else _host
-_port = os.environ.get("RABBITMQ_PORT") or "5672"
+_ca, _certificate, _key = checked_files("RABBITMQ_CA", "RABBITMQ_CERT", "RABBITMQ_KEY")
+_scheme, _usual_port = ("amqps", "5671") if _ca else ("amqp", "5672")
+_port = os.environ.get("RABBITMQ_PORT") or _usual_port
 if os.environ.get("CELERY_BROKER_URL"):
     broker_url = checked_url("CELERY_BROKER_URL", os.environ["CELERY_BROKER_URL"])
 else:
-    broker_url = checked_url("RABBITMQ_PORT", f"amqp://{_user}:{_password}@{_host}:{_port}//")
+    broker_url = checked_url("RABBITMQ_PORT", f"{_scheme}://{_user}:{_password}@{_host}:{_port}//")
+if _ca and "amqp://" in broker_url:
+    stop(
+        "RABBITMQ_CA is set, but CELERY_BROKER_URL starts with amqp://", "amqps:// is with TLS: correct .env"
+    )
+if "amqps://" in broker_url:
+    # Without: any certificate of a public CA would do for RabbitMQ's. Its host name: `TLSTransport`.
+    # https://www.rabbitmq.com/docs/ssl
+    broker_use_ssl = {
+        "ca_certs": _ca,  # none: those that this system trusts
+        "cert_reqs": ssl.CERT_REQUIRED,
+        "certfile": _certificate,
+        "keyfile": _key,
+    }
+if _certificate:  # it says who we are, in the place of a user and a password
+    broker_login_method = "EXTERNAL"
 
 # Results come back as messages to the process that asked for them. There are no chords with rpc://.
 # https://docs.celeryq.dev/en/stable/userguide/tasks.html#rpc-result-backend-rabbitmq-qpid

@@ -19,6 +19,7 @@ import math
 import os
 import re
 import signal
+import ssl
 import subprocess
 import sys
 import tempfile
@@ -615,8 +616,13 @@ def connect() -> str:
 
 def no_rabbitmq(error: Exception) -> NoReturn:
     """Stop, since RabbitMQ is not where it should be."""
-    uri = app.connection_for_write().as_uri()  # without the password
-    stop(f"{uri}: no RabbitMQ there ({error})", "docker compose up -d --wait, or correct .env")
+    uri, cause = app.connection_for_write().as_uri(), error.__cause__ or error  # without the password
+    if isinstance(cause, ssl.SSLCertVerificationError):
+        stop(f"{uri}: its certificate is refused: {cause.verify_message}", "correct RABBITMQ_CA or the host")
+    if isinstance(cause, ssl.SSLError):
+        stop(f"{uri}: no TLS there ({cause.reason})", "correct RABBITMQ_PORT (with TLS: usually 5671)")
+    doubt = "; does that port speak TLS?" if "unexpectedly closed" in str(error) else ""
+    stop(f"{uri}: no RabbitMQ there ({error}{doubt})", "docker compose up -d --wait, or correct .env")
 
 
 def settle(embedded: bool, stack: contextlib.ExitStack) -> str:

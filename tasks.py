@@ -7,10 +7,12 @@ The shop's checkout page must answer at once, while slow work goes on behind it.
 stock are simulated, and say so; counting words and sealing vouchers are real work.
 """
 
+import bz2
 import contextlib
 import functools
 import hashlib
 import itertools
+import lzma
 import math
 import os
 import re
@@ -19,8 +21,9 @@ import sqlite3
 import tempfile
 import threading
 import time
+import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from datetime import datetime
 from pathlib import Path
 from typing import Any, ClassVar, cast
@@ -31,26 +34,69 @@ from celery import Celery, Task
 from celery.app.control import Control
 from celery.backends.rpc import ResultConsumer, RPCBackend
 from celery.canvas import Signature
-from celery.exceptions import TimeLimitExceeded, WorkerShutdown
+from celery.exceptions import InvalidTaskError, TimeLimitExceeded, WorkerShutdown
 from celery.result import task_join_will_block  # type: ignore[attr-defined]  # the stubs lack it
 from celery.utils.log import get_logger
 from celery.utils.time import maybe_make_aware
 from celery.worker.consumer import Consumer
 from celery.worker.control import inspect_command
 from celery.worker.request import Request
-from kombu import Connection, Message, Producer, Queue
+from kombu import Connection, Message, Producer, Queue, compression
 from kombu.common import maybe_declare
 from kombu.exceptions import OperationalError
 from kombu.pidbox import Mailbox
+from kombu.transport import TRANSPORT_ALIASES
 from kombu.transport.native_delayed_delivery import (
     bind_queue_to_native_delayed_delivery_exchange,
     declare_native_delayed_delivery_exchanges_and_queues,
 )
+from kombu.transport.pyamqp import SSLTransport
 
 import celeryconfig
 
 logger = get_logger(__name__)
 QUORUM = {"x-queue-type": "quorum"}
+
+
+# --- What comes from outside --------------------------------------------------------------------
+class TLSTransport(SSLTransport):
+    """AMQP over TLS, with a certificate that bears the host name of the node in use.
+
+    kombu checks no host name, or, of several nodes, each for that of the first.
+    """
+
+    def establish_connection(self) -> Any:
+        """Connect to the node whose turn it is. Raises ssl.SSLError, an OSError."""
+        client: Any = self.client
+        name = client.hostname
+        client.ssl = {**celeryconfig.broker_use_ssl, "server_hostname": name}
+        try:
+            return super().establish_connection()
+        finally:
+            client.hostname = name  # kombu makes 127.0.0.1 of localhost
+
+
+TRANSPORT_ALIASES["amqps"] = "tasks:TLSTransport"
+
+
+def bounded(new_decompressor: Callable[[], Any]) -> Callable[[bytes], bytes]:
+    """Make a function that unpacks a message, up to 64 MiB: else a small one could fill the memory.
+
+    The function raises ValueError.
+    """
+
+    def unpack(packed: bytes) -> bytes:
+        unpacked: bytes = new_decompressor().decompress(packed, 2**26 + 1)
+        if len(unpacked) > 2**26:
+            raise ValueError("more than 64 MiB when it is unpacked")
+        return unpacked
+
+    return unpack
+
+
+compression.register(zlib.compress, bounded(zlib.decompressobj), "application/x-gzip")
+compression.register(bz2.compress, bounded(bz2.BZ2Decompressor), "application/x-bz2")
+compression.register(lzma.compress, bounded(lzma.LZMADecompressor), "application/x-lzma")
 
 
 # --- What makes a task safe ---------------------------------------------------------------------
@@ -63,6 +109,29 @@ class SafeRequest(Request):
 
     https://docs.celeryq.dev/en/stable/userguide/tasks.html#requests-and-custom-requests
     """
+
+    NONE = type(None)
+    TYPES: ClassVar[dict[str, tuple[type, ...]]] = {  # of the parts of a message
+        "args": (list, tuple),
+        "kwargs": (dict,),
+        "id": (str,),
+        **dict.fromkeys(("stamped_headers", "callbacks", "errbacks", "chain"), (list, tuple, NONE)),
+        **dict.fromkeys(("embed", "chord", "stamps"), (dict, NONE)),
+        **dict.fromkeys(("root_id", "parent_id", "group", "shadow", "argsrepr", "kwargsrepr"), (str, NONE)),
+        **dict.fromkeys(("retries", "group_index", "replaced_task_nesting", "ignore_result"), (int, NONE)),
+    }
+
+    def __init__(self, message: Message, **options: Any) -> None:
+        """Take a message. Raises InvalidTaskError for one that would block a process of the pool for ever."""
+        super().__init__(message, **options)
+        *_, embed = options["body"] if options.get("decoded") else message.payload
+        parts = {**self.request_dict, "embed": embed, **(embed if isinstance(embed, dict) else {})}
+        for name, types in self.TYPES.items():
+            if not isinstance(part := parts.get(name), types):
+                raise InvalidTaskError(f"{name} is of type {type(part).__name__}")
+        limits = parts.get("timelimit") or (None, None)
+        if len(limits) != 2 or not all(isinstance(limit, (int, float, type(None))) for limit in limits):
+            raise InvalidTaskError("timelimit is no pair of seconds")
 
     def cancel(self, pool: Any, signal: Any = None, emit_retry: bool = False) -> None:
         """Stop a task whose connection is lost: RabbitMQ delivers it again.
@@ -80,14 +149,26 @@ class SafeRequest(Request):
         error = getattr(exc_info.exception, "exc", exc_info.exception)  # billiard wraps it
         if isinstance(error, (TimeLimitExceeded, MemoryError)):
             self.reject(requeue=False)
-        with contextlib.suppress(MemoryError):
+        try:
             super().on_failure(exc_info, *args, **options)
+        except MemoryError:
+            pass
+        except (OperationalError, *self.connection_errors):
+            raise
+        except Exception:  # odd parts of its message: it would block a process of the pool for ever
+            logger.exception("What follows a failure failed, too")
+            self.reject(requeue=False)
+
+    def info(self, safe: bool = False) -> Any:
+        """Answer `celery inspect active`, without the arguments of a secret task."""
+        return super().info(safe=safe or cast(SafeTask, self.task).secret)
 
 
 class SafeTask(Task[Any, Any]):
     """The class of every task here: a poison guard, and the traps of publishing made harmless."""
 
     Request = "tasks:SafeRequest"
+    secret = False  # whether its arguments are left out of logs, of monitors and of --dead-letters
 
     def before_start(self, task_id: str, args: Any, kwargs: Any) -> None:
         """Give up a task that took `poison_limit` processes with it, so that no caller waits for ever.
@@ -110,6 +191,8 @@ class SafeTask(Task[Any, Any]):
             options["countdown"] = (eta - self.app.now()).total_seconds()
         if (countdown := options.get("countdown")) is not None:
             options["countdown"] = max(countdown, 1) if countdown > 0 else None
+        if self.secret:
+            options |= {"argsrepr": "(secret)", "kwargsrepr": "{}"}
         if not self.app.current_worker_task:  # a worker has declared it already
             declare_topology_once()
         try:
@@ -238,10 +321,37 @@ class SafeConsumer(Consumer):
         connection = self.app.connection_for_write(url, heartbeat=heartbeat, transport_options=unconfirmed)
         return cast(Connection, self.ensure_connected(connection))
 
+    def create_task_handler(self, *args: Any, **options: Any) -> Callable[[Message], None]:
+        """Make what takes a message; if it fails, it is the message's fault: without, the worker ends."""
+        handle = super().create_task_handler(*args, **options)
+
+        def on_task_received(message: Message) -> None:
+            try:
+                handle(message)
+            except (*self.connection_errors, OperationalError):
+                raise
+            except Exception as error:  # noqa: BLE001  (whatever odd headers lead to)
+                self.on_decode_error(message, error)
+
+        return on_task_received
+
     def on_decode_error(self, message: Message, exc: Exception) -> None:
         """Reject the message; Celery's own method acknowledges it, and so drops it."""
-        logger.critical("A message that can't be decoded goes to dead-letters: %s", exc)
-        message.reject()
+        logger.critical("A message that can't be decoded goes to dead-letters: %r", str(exc))
+        if not message.acknowledged:
+            message.reject_log_error(logger, self.connection_errors)
+
+    def on_unknown_message(self, body: Any, message: Message) -> None:
+        """Reject a message that is no task; Celery would log its body, which may hold secrets."""
+        super().on_unknown_message("(hidden)", message)
+
+    def on_unknown_task(self, body: Any, message: Message, exc: Exception) -> None:
+        """Reject a task that is not there, and tell its caller."""
+        super().on_unknown_task("(hidden)", message, exc)
+
+    def on_invalid_task(self, body: Any, message: Message, exc: Exception) -> None:
+        """Reject a message that lacks a part of a task, or is none of ours."""
+        self.on_decode_error(message, exc)
 
 
 class SafeResultConsumer(ResultConsumer):
@@ -464,8 +574,15 @@ def charge_once(order: str) -> bool:
 
 # Without jitter, so that the lesson can foretell each delay. In earnest keep Celery's default, a
 # random delay up to that one: then a thousand tasks do not come back at the same moment.
-@app.task(bind=True, autoretry_for=(GatewayBusyError,), retry_backoff=1, max_retries=5, retry_jitter=False)
-def charge_card(self: SafeTask, order: str, busy: int = 2) -> str:
+@app.task(
+    bind=True,
+    autoretry_for=(GatewayBusyError,),
+    retry_backoff=1,
+    max_retries=5,
+    retry_jitter=False,
+    secret=True,  # without: the number of the card is in the log at a failure, and in every monitor
+)
+def charge_card(self: SafeTask, order: str, busy: int = 2, card: str = "4111 1111 1111 1111") -> str:
     """Charge a card at a simulated gateway that is busy `busy` times. Raises GatewayBusyError.
 
     The number of the order is its idempotency key: a task that is delivered twice, or published

@@ -166,7 +166,7 @@ def test_a_broken_env_file_is_named(tmp_path: Path, content: bytes) -> None:
 def test_the_example_names_every_variable() -> None:
     example = (PROJECT / ".env.example").read_text()
     read = (PROJECT / "celeryconfig.py").read_text() + (PROJECT / "docker-compose.yml").read_text()
-    for name in ("USER", "PASSWORD", "HOST", "PORT", "UI_PORT"):
+    for name in ("USER", "PASSWORD", "HOST", "PORT", "UI_PORT", "BIND", "CA", "CERT", "KEY"):
         assert f"\n#RABBITMQ_{name}=" in example
         assert f"RABBITMQ_{name}" in read
     for name in ("BROKER_URL", "RESULT_BACKEND"):

@@ -1,0 +1,452 @@
+"""What strangers, thieves and broken programs try: TLS, a user of few rights, hostile messages, secrets."""
+
+import contextlib
+import json
+import os
+import pickle
+import re
+import shlex
+import subprocess
+import sys
+import uuid
+import zlib
+from collections.abc import Callable, Iterator
+from datetime import datetime, timedelta, timezone
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import trustme
+from amqp import AccessRefused, AMQPError, NotAllowed
+from conftest import (
+    PROJECT,
+    Node,
+    Worker,
+    celery,
+    clean_environment,
+    depth,
+    drive,
+    free_port,
+    outcomes,
+    python,
+    until,
+)
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from kombu import Connection, Exchange, Producer, Queue
+
+import run_tasks
+
+
+# --- TLS ----------------------------------------------------------------------------------------
+class TLSNode(Node):
+    """A RabbitMQ node that speaks TLS on a second port, with a certificate that can be changed."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self.tls_port, self.files = free_port(), folder
+        self.authority = trustme.CA()
+        self.authority.cert_pem.write_to_path(folder / "ca.pem")
+        (folder / "plugins").write_text("[rabbitmq_auth_mechanism_ssl].")
+        with self.configuration.open("a") as configuration:
+            configuration.write(
+                f"listeners.ssl.1 = 127.0.0.1:{self.tls_port}\n"
+                f"ssl_options.cacertfile = {folder}/ca.pem\n"
+                f"ssl_options.certfile = {folder}/server.pem\n"
+                f"ssl_options.keyfile = {folder}/server.key\n"
+                "ssl_options.verify = verify_peer\n"
+                "ssl_options.fail_if_no_peer_cert = false\n"
+                "ssl_cert_login_from = common_name\n"
+                "auth_mechanisms.1 = PLAIN\nauth_mechanisms.2 = AMQPLAIN\nauth_mechanisms.3 = EXTERNAL\n"
+            )
+        self.take_certificate()
+
+    def take_certificate(self, name: str = "127.0.0.1", **options: Any) -> None:
+        """Take a certificate of the authority for this name."""
+        server = self.authority.issue_cert(name, **options)
+        server.private_key_pem.write_to_path(self.files / "server.key")
+        server.cert_chain_pems[0].write_to_path(self.files / "server.pem")
+        if self.running():
+            self.control("eval", "ssl:clear_pem_cache().")
+
+    def variables(self, **more: str) -> dict[str, str]:
+        """Return what `.env` says to reach it."""
+        variables = {"RABBITMQ_HOST": "127.0.0.1", "RABBITMQ_PORT": str(self.tls_port)}
+        return {**variables, "RABBITMQ_CA": str(self.files / "ca.pem"), **more}
+
+
+@pytest.fixture(scope="module")
+def tls(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TLSNode]:
+    """Run a node with TLS."""
+    with TLSNode(tmp_path_factory.mktemp("tls")) as node:
+        yield node
+
+
+def all_lessons_pass(**variables: str) -> None:
+    """Run all lessons, and check that each passes."""
+    lessons = outcomes(drive("--json", *run_tasks.LESSONS, **variables))
+    assert {name: lesson["status"] for name, lesson in lessons.items()} == dict.fromkeys(
+        run_tasks.LESSONS, "passed"
+    )
+
+
+def told(finished: "subprocess.CompletedProcess[str]") -> str:
+    """Check that a run ended with a line of cause and one of cure, and return the cause."""
+    assert finished.returncode == 2, finished.stdout + finished.stderr
+    cause, cure = finished.stderr.splitlines()
+    assert cure.startswith("Cure: ")
+    return cause
+
+
+def test_all_lessons_run_over_tls(tls: TLSNode) -> None:
+    all_lessons_pass(**tls.variables())
+
+
+def test_a_second_node_has_a_name_of_its_own(tls: TLSNode) -> None:
+    urls = f"amqps://no-such-host.invalid//;amqps://127.0.0.1:{tls.tls_port}//"
+    code = "import tasks; print(tasks.app.connection_for_write().ensure_connection().connected)"
+    variables = tls.variables(CELERY_BROKER_URL=urls)
+    assert python("-c", code, **variables).stdout == "True\n"
+
+
+def test_a_client_certificate_is_a_login(tls: TLSNode, tmp_path: Path) -> None:
+    tls.control("add_user", "ada", "not used")
+    tls.control("clear_password", "ada")
+    tls.control("set_permissions", "ada", ".*", ".*", ".*")
+    for name in "ada", "eve":
+        client = tls.authority.issue_cert(f"{name}@example.com", common_name=name)
+        client.private_key_and_cert_chain_pem.write_to_path(tmp_path / f"{name}.pem")
+
+    def hello(name: str) -> "subprocess.CompletedProcess[str]":
+        file = str(tmp_path / f"{name}.pem")
+        return drive("hello", **tls.variables(RABBITMQ_CERT=file, RABBITMQ_KEY=file))
+
+    assert hello("ada").returncode == 0
+    assert "refuses this user" in told(hello("eve"))
+
+
+def test_what_is_wrong_with_tls_is_told(tls: TLSNode, tmp_path: Path) -> None:
+    hello = partial(drive, "hello")
+    # Another authority
+    trustme.CA().cert_pem.write_to_path(tmp_path / "other.pem")
+    other = str(tmp_path / "other.pem")
+    refused = "its certificate is refused: "
+    assert f"{refused}self-signed certificate in" in told(hello(**tls.variables(RABBITMQ_CA=other)))
+    # Another name
+    assert f"{refused}Hostname mismatch" in told(hello(**tls.variables(RABBITMQ_HOST="localhost")))
+    # Without TLS to its port, and with TLS to the other
+    plain = f"amqp://guest:guest@127.0.0.1:{tls.tls_port}//"
+    assert "does that port speak TLS?" in told(hello(CELERY_BROKER_URL=plain))
+    assert "no TLS there" in told(hello(**tls.variables(RABBITMQ_PORT=str(tls.port))))
+    # Out of date
+    long_ago = datetime.now(timezone.utc) - timedelta(days=30)
+    tls.take_certificate(not_before=long_ago, not_after=long_ago + timedelta(days=1))
+    try:
+        assert f"{refused}certificate has expired" in told(hello(**tls.variables()))
+    finally:
+        tls.take_certificate()
+    assert hello(**tls.variables()).returncode == 0
+
+
+def test_files_of_tls_are_looked_at_first(tls: TLSNode, tmp_path: Path) -> None:
+    assert "No such file" in told(drive("hello", RABBITMQ_CA="no-such.pem"))
+    (tmp_path / "no.pem").write_text("no certificate")
+    assert "no.pem" in told(drive("hello", RABBITMQ_CA=str(tmp_path / "no.pem")))
+    assert "go together" in told(drive("hello", **tls.variables(RABBITMQ_CERT="some.pem")))
+    plain = tls.variables(CELERY_BROKER_URL=tls.url)
+    assert "RABBITMQ_CA is set, but" in told(drive("hello", **plain))
+
+
+# --- A user of few rights -----------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def few_rights(session_node: Node) -> str:
+    """Make the user of the README, with its very commands; give the URL for that user."""
+    commands = re.findall(r"^\$ sudo rabbitmqctl (.*)$", (PROJECT / "README.md").read_text(), re.MULTILINE)
+    for command in commands:
+        session_node.control(*shlex.split(command))
+    session_node.control("set_permissions", "-p", "shop", "guest", ".*", ".*", ".*")
+    assert [command.split()[0] for command in commands] == ["add_vhost", "add_user", "set_permissions"]
+    return session_node.url.replace("guest:guest", "shop:choose-one").removesuffix("/") + "shop"
+
+
+def test_all_lessons_run_as_a_user_of_few_rights(few_rights: str) -> None:
+    all_lessons_pass(CELERY_BROKER_URL=few_rights)
+
+
+def test_a_user_of_few_rights_can_do_no_more(few_rights: str) -> None:
+    with Connection(few_rights.replace("shop:choose-one", "guest:guest")) as guest:
+        others = Queue("others", Exchange("others", "fanout"))(guest.channel())
+        others.declare()
+    attempts: list[Callable[[Any], Any]] = [
+        lambda channel: channel.queue_declare("mine"),
+        lambda channel: channel.exchange_declare("mine", "fanout"),
+        lambda channel: channel.queue_delete("others"),
+        lambda channel: channel.queue_purge("others"),
+        lambda channel: channel.basic_get("others"),
+        lambda channel: channel.basic_consume("others"),
+        lambda channel: channel.queue_bind("default", "others"),
+        lambda channel: channel.queue_bind("others", "tasks", "#"),
+        lambda channel: Producer(channel).publish("x", exchange="others"),
+        lambda channel: Producer(channel).publish("x", exchange="amq.topic"),
+    ]
+    confirming = {"confirm_publish": True}
+    for attempt in attempts:
+        with Connection(few_rights, transport_options=confirming) as connection, pytest.raises(AccessRefused):
+            attempt(connection.channel())
+    elsewhere = Connection(few_rights.removesuffix("shop") + "/")
+    with elsewhere, pytest.raises(NotAllowed):
+        elsewhere.connect()
+
+
+# --- Hostile messages ---------------------------------------------------------------------------
+NOTES = """
+import os, time
+from tasks import app
+
+@app.task(bind=True)
+def note(self, *args, **kwargs):
+    with open(os.environ["LEDGER"], "a") as file:
+        print(self.request.properties.get("message_id"), file=file)
+
+@app.task(secret=True)
+def pay(card, seconds=0):
+    time.sleep(seconds)
+    raise ValueError("paid too late")
+"""
+
+
+class Victim:
+    """A worker, and the means to publish what nobody should."""
+
+    def __init__(self, url: str, folder: Path) -> None:
+        (folder / "notes.py").write_text(NOTES)
+        self.url, self.ledger, self.log = url, folder / "ledger", folder / "worker.log"
+        self.ledger.touch()
+        self.variables = {"PYTHONPATH": f"{folder}:{PROJECT}", "LEDGER": str(self.ledger)}
+        arguments = ("-c2", "-linfo", "-E", "--include", "notes")
+        self.worker = Worker(url, folder, *arguments, **self.variables)
+        self.producer: Producer | None = None
+        self.connection: Connection
+
+    def process(self) -> psutil.Process:
+        """Return the worker's main process."""
+        assert self.worker.process
+        return psutil.Process(self.worker.process.pid)
+
+    def call(self, code: str) -> "subprocess.CompletedProcess[str]":
+        """Run Python code that publishes as it should."""
+        code = f"import notes, tasks\n{code}"
+        return python("-c", code, CELERY_BROKER_URL=self.url, **self.variables)
+
+    def send(self, *messages: tuple[bytes, dict[str, Any]]) -> int:
+        """Publish messages, each with its properties, to the queue `default`; return how many were taken."""
+        taken = 0
+        for body, properties in messages:
+            with contextlib.suppress(AMQPError, OSError):
+                if self.producer is None:
+                    self.connection = Connection(self.url, transport_options={"confirm_publish": True})
+                    self.producer = Producer(self.connection.channel())
+                try:
+                    self.producer.publish(body, exchange="tasks", routing_key="default", **properties)
+                    taken += 1
+                except BaseException:  # it is no more
+                    self.producer = None
+                    raise
+        return taken
+
+    def letters(self, number: int) -> list[Any]:
+        """Wait for dead letters, as they are: to unpack one could be what it wants."""
+        with Connection(self.url) as connection:
+            channel: Any = connection.channel()
+            return [until(partial(channel.basic_get, "dead-letters", no_ack=True)) for _ in range(number)]
+
+    def ran(self) -> list[str]:
+        """Return the message id of each task that ran."""
+        return self.ledger.read_text().split()
+
+    def rest(self) -> int:
+        """Wait until no message waits or is unacknowledged; return how many dead letters there are."""
+        inspect = partial(celery, self.url, "inspect", "-j")
+        until(lambda: depth(self.url, "default") == 0)
+        until(lambda: '"id"' not in inspect("active").stdout + inspect("reserved").stdout, 5)
+        return depth(self.url, "dead-letters")
+
+
+@pytest.fixture(scope="module")
+def victim(session_node: Node, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Victim]:
+    """Run a worker on a virtual host of its own."""
+    session_node.control("add_vhost", "victim")
+    session_node.control("set_permissions", "-p", "victim", "guest", ".*", ".*", ".*")
+    victim = Victim(f"{session_node.url.removesuffix('/')}victim", tmp_path_factory.mktemp("victim"))
+    with victim.worker:
+        yield victim
+        assert victim.worker.running()
+    victim.connection.release()
+
+
+def properties(task: str = "notes.note", content_type: str = "application/json", **headers: Any) -> Any:
+    """Return the properties of a message that is a task, or says so."""
+    headers = {"task": task, "id": str(uuid.uuid4()), **headers}
+    return {"content_type": content_type, "content_encoding": "binary", "headers": headers}
+
+
+def bomb() -> bytes:
+    """Return ten megabytes that unpack to ten gigabytes."""
+    packer = zlib.compressobj(9)
+    head, zeros = packer.compress(b"[") + packer.flush(zlib.Z_FULL_FLUSH), bytes(2**26)
+    block = packer.compress(zeros) + packer.flush(zlib.Z_FULL_FLUSH)
+    return head + 150 * block
+
+
+HOSTILE: dict[str, Callable[[str], tuple[bytes, Any]]] = {
+    "pickle": lambda command: (
+        pickle.dumps(Command(command)),
+        properties(content_type="application/x-python-serialize"),
+    ),
+    "yaml": lambda command: (
+        f"!!python/object/apply:os.system ['{command}']".encode(),
+        properties(content_type="application/x-yaml"),
+    ),
+    "pickle that says it is JSON": lambda command: (pickle.dumps(Command(command)), properties()),
+    "a bomb": lambda _: (bomb(), properties(compression="application/x-gzip")),
+    "deep": lambda _: (b"[" * 200_000 + b"]" * 200_000, properties()),
+    "a task of control characters": lambda _: (
+        b"[[], {}, {}]",
+        properties("\x1b[31m\r\nCRITICAL: all is lost"),
+    ),
+    "odd arguments": lambda _: (b"[1, 2]", properties()),
+    "odd headers": lambda _: (b"[[], {}, {}]", properties(timelimit="soon", retries="x", eta=[])),
+}
+
+
+class Command:
+    """Unpickled, it runs a command of the shell."""
+
+    def __init__(self, command: str) -> None:
+        self.command = command
+
+    def __reduce__(self) -> Any:
+        return os.system, (self.command,)
+
+
+@pytest.mark.parametrize("what", HOSTILE)
+def test_a_hostile_message_does_nothing(victim: Victim, tmp_path: Path, what: str) -> None:
+    ran = victim.ran()
+    assert victim.send(HOSTILE[what](f"touch {tmp_path}/run")) == 1
+    # It becomes a dead letter, and nothing of it is run
+    (letter,) = victim.letters(1)
+    assert letter.headers["x-death"][0]["reason"] == "rejected"
+    assert not (tmp_path / "run").exists()
+    assert victim.ran() == ran
+    # The log holds no control characters, and the worker's memory is no more than before
+    assert not re.search(r"[\x00-\x09\x0b-\x1f]", victim.log.read_text())
+    status = Path(f"/proc/{victim.process().pid}/status").read_text()
+    assert int(re.findall(r"VmHWM:\s*(\d+) kB", status)[0]) < 500_000
+    assert victim.call("print(notes.note.delay().get(timeout=20))").stdout == "None\n"
+
+
+def test_a_task_with_ten_thousand_headers_is_run(victim: Victim) -> None:
+    ran = victim.ran()
+    many: dict[str, Any] = {f"h{number}": 1 for number in range(10_000)}
+    assert victim.send((b"[[], {}, {}]", properties(**many))) == 1
+    until(lambda: len(victim.ran()) == len(ran) + 1)
+
+
+def test_what_unpacks_to_less_is_run(victim: Victim) -> None:
+    for name in "zlib", "bzip2", "lzma":
+        code = f"print(notes.note.apply_async(('x' * 2**22,), compression={name!r}).get(timeout=20))"
+        assert victim.call(code).stdout == "None\n"
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**31), 2**31) | st.text(max_size=20) | st.binary(max_size=20),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=5,
+)
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=10,
+)
+ODD_HEADERS = ["argsrepr", "compression", "eta", "group", "ignore_result", "kwargsrepr", "lang", "origin"]
+ODD_HEADERS += ["parent_id", "replaced_task_nesting", "retries", "root_id", "shadow", "stamped_headers"]
+ODD_HEADERS += ["timelimit", "x-delivery-count", "id", "task"]
+TASKS = st.sampled_from([*["notes.note"] * 8, "no.such"])
+USUAL = st.fixed_dictionaries({"task": TASKS, "id": st.uuids().map(str)})
+HEADERS = st.builds(dict.__or__, USUAL, st.dictionaries(st.sampled_from(ODD_HEADERS), VALUES, max_size=2))
+EMBEDDED = st.fixed_dictionaries(
+    {}, optional=dict.fromkeys(["callbacks", "errbacks", "chain", "chord"], JSON)
+)
+BODIES = st.one_of(
+    st.just(b"[[], {}, {}]"),
+    st.tuples(JSON, JSON, JSON | EMBEDDED).map(lambda value: json.dumps(value).encode()),
+    st.tuples(st.lists(JSON), st.just({}), EMBEDDED).map(lambda value: json.dumps(value).encode()),
+    JSON.map(lambda value: json.dumps(value).encode()),
+    st.binary(max_size=60),
+)
+TYPES = st.sampled_from([*["application/json"] * 6, "text/plain", "application/data"])
+PROPERTIES = st.fixed_dictionaries(
+    {
+        "headers": HEADERS,
+        "content_type": TYPES | TYPES | st.text(st.characters(codec="ascii"), max_size=20),
+        "content_encoding": st.sampled_from([*["utf-8"] * 8, "binary", "utf-16", "zlib", "rot13", ""]),
+    }
+)
+
+
+@pytest.mark.timeout(600)  # seconds
+def test_thousands_of_hostile_messages_are_accounted_for(victim: Victim) -> None:
+    sent = 0
+
+    @settings(max_examples=2000, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    @given(BODIES, PROPERTIES)
+    def send(body: bytes, properties: dict[str, Any]) -> None:
+        nonlocal sent
+        sent += victim.send((body, {**properties, "message_id": str(sent)}))
+
+    process = victim.process()
+    children = {child.pid for child in process.children()}
+    send()
+    letters = victim.letters(victim.rest())
+    assert sent > 1000
+    died = {letter.properties.get("message_id") for letter in letters} - {None}
+    ran = set(victim.ran()) - {"None"}
+    print(f"{sent} hostile messages: {len(ran)} were tasks and ran, {len(died)} are dead letters")
+    # Some ran, and failed at what was to be done with their result
+    assert ran | died == set(map(str, range(sent)))
+    assert len(ran) > 100
+    # The worker is the one that it was, with its processes
+    assert process.is_running()
+    assert {child.pid for child in process.children()} == children
+
+
+# --- Secrets ------------------------------------------------------------------------------------
+CARD = "5500 0000 0000 0004"
+
+
+def test_a_secret_argument_is_in_no_log_and_no_monitor(victim: Victim, tmp_path: Path) -> None:
+    watched = tmp_path / "events"
+    command = [sys.executable, "-m", "celery", "-A", "tasks", "events", "--dump"]
+    environment = clean_environment(CELERY_BROKER_URL=victim.url, PYTHONUNBUFFERED="1")
+    with watched.open("w") as output:
+        monitor = subprocess.Popen(command, env=environment, cwd=PROJECT, stdout=output)
+    try:
+        until(lambda: "heartbeat" in watched.read_text())
+        # When a task that has the number of a card runs, and fails; and when nobody knows it
+        victim.call(f"notes.pay.delay({CARD!r}, seconds=5)")
+        active = until(lambda: celery(victim.url, "inspect", "active", "-j").stdout.partition("notes.pay")[2])
+        victim.call(f"tasks.charge_card.delay('order 7', busy=0, card={CARD!r}).get(timeout=20)")
+        victim.send((json.dumps([[CARD], {}, {}]).encode(), properties("no.such")))
+        letters = victim.letters(2)
+        until(lambda: "task failed" in watched.read_text())
+    finally:
+        monitor.terminate()
+        monitor.wait()
+    # Then it is in the messages, and nowhere else
+    assert all(CARD in str(letter.body) for letter in letters)
+    for seen in active, watched.read_text():
+        assert "(secret)" in seen
+    for seen in active, victim.log.read_text(), watched.read_text():
+        assert CARD not in seen
