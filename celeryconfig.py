@@ -80,17 +80,19 @@ _password = quote(os.environ.get("RABBITMQ_PASSWORD") or "guest", safe="")
 _host = os.environ.get("RABBITMQ_HOST") or "127.0.0.1"
 _host = f"[{_host}]" if ":" in _host else _host
 _ca, _certificate, _key = checked_files("RABBITMQ_CA", "RABBITMQ_CERT", "RABBITMQ_KEY")
-_scheme, _usual_port = ("amqps", "5671") if _ca else ("amqp", "5672")
+_scheme, _usual_port = ("amqps", "5671") if _ca or _certificate else ("amqp", "5672")
 _port = os.environ.get("RABBITMQ_PORT") or _usual_port
 if os.environ.get("CELERY_BROKER_URL"):
     broker_url = checked_url("CELERY_BROKER_URL", os.environ["CELERY_BROKER_URL"])
 else:
     broker_url = checked_url("RABBITMQ_PORT", f"{_scheme}://{_user}:{_password}@{_host}:{_port}//")
-if _ca and "amqp://" in broker_url:
-    stop(
-        "RABBITMQ_CA is set, but CELERY_BROKER_URL starts with amqp://", "amqps:// is with TLS: correct .env"
-    )
-if "amqps://" in broker_url:
+for _name in ("CELERY_BROKER_READ_URL", "CELERY_BROKER_WRITE_URL"):
+    if os.environ.get(_name):  # Celery would use it, unchecked
+        stop(f"{_name} is set", "set CELERY_BROKER_URL only")
+_schemes = {urlsplit(part).scheme for part in broker_url.split(";")}
+if "amqps" in _schemes or _ca:
+    if _schemes != {"amqps"}:
+        stop("CELERY_BROKER_URL is without TLS, in part", "amqps:// is with TLS: correct .env")
     # Without: any certificate of a public CA would do for RabbitMQ's. Its host name: `TLSTransport`.
     # https://www.rabbitmq.com/docs/ssl
     broker_use_ssl = {

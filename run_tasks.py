@@ -198,6 +198,8 @@ def described(letter: Letter) -> dict[str, Any]:
         return "".join(signs if len(signs) <= width else [*signs[: width - 1], "\u2026"])
 
     arguments = f"{headers.get('argsrepr', '')} {headers.get('kwargsrepr', '')}".removesuffix(" {}").strip()
+    if getattr(app.tasks.get(str(headers.get("task"))), "secret", False):
+        arguments = tasks.SECRET["argsrepr"]
     age = app.now() - died.replace(tzinfo=timezone.utc) if isinstance(died, datetime) else timedelta()
     return {
         "task": short(headers.get("task", "no task"), 40),

@@ -24,7 +24,7 @@ import time
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from datetime import datetime
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
@@ -34,7 +34,7 @@ from celery import Celery, Task
 from celery.app.control import Control
 from celery.backends.rpc import ResultConsumer, RPCBackend
 from celery.canvas import Signature
-from celery.exceptions import InvalidTaskError, TimeLimitExceeded, WorkerShutdown
+from celery.exceptions import InvalidTaskError, Retry, TimeLimitExceeded, WorkerShutdown
 from celery.result import task_join_will_block  # type: ignore[attr-defined]  # the stubs lack it
 from celery.utils.log import get_logger
 from celery.utils.time import maybe_make_aware
@@ -43,7 +43,7 @@ from celery.worker.control import inspect_command
 from celery.worker.request import Request
 from kombu import Connection, Message, Producer, Queue, compression
 from kombu.common import maybe_declare
-from kombu.exceptions import OperationalError
+from kombu.exceptions import ContentDisallowed, OperationalError
 from kombu.pidbox import Mailbox
 from kombu.transport import TRANSPORT_ALIASES
 from kombu.transport.native_delayed_delivery import (
@@ -56,6 +56,7 @@ import celeryconfig
 
 logger = get_logger(__name__)
 QUORUM = {"x-queue-type": "quorum"}
+SECRET = {"argsrepr": "(secret)", "kwargsrepr": "{}"}  # what logs and monitors show of arguments
 
 
 # --- What comes from outside --------------------------------------------------------------------
@@ -80,20 +81,27 @@ TRANSPORT_ALIASES["amqps"] = "tasks:TLSTransport"
 
 
 def bounded(new_decompressor: Callable[[], Any]) -> Callable[[bytes], bytes]:
-    """Make a function that unpacks a message, up to 64 MiB: else a small one could fill the memory.
+    """Make a function that unpacks a message, up to 16 MiB: else a small one could fill the memory.
 
     The function raises ValueError.
     """
 
     def unpack(packed: bytes) -> bytes:
-        unpacked: bytes = new_decompressor().decompress(packed, 2**26 + 1)
-        if len(unpacked) > 2**26:
-            raise ValueError("more than 64 MiB when it is unpacked")
+        unpacked: bytes = new_decompressor().decompress(packed, 2**24 + 1)
+        if len(unpacked) > 2**24:
+            raise ValueError("more than 16 MiB when it is unpacked")
         return unpacked
 
     return unpack
 
 
+def refuse(_: bytes) -> bytes:
+    """Raise ValueError, in the place of the compressions that can't be bounded."""
+    raise ValueError("not compressed by zlib, bzip2 or lzma")
+
+
+for _name in compression.encoders():
+    compression.register(refuse, refuse, _name)
 compression.register(zlib.compress, bounded(zlib.decompressobj), "application/x-gzip")
 compression.register(bz2.compress, bounded(bz2.BZ2Decompressor), "application/x-bz2")
 compression.register(lzma.compress, bounded(lzma.LZMADecompressor), "application/x-lzma")
@@ -115,8 +123,10 @@ class SafeRequest(Request):
         "args": (list, tuple),
         "kwargs": (dict,),
         "id": (str,),
-        **dict.fromkeys(("stamped_headers", "callbacks", "errbacks", "chain"), (list, tuple, NONE)),
-        **dict.fromkeys(("embed", "chord", "stamps"), (dict, NONE)),
+        **dict.fromkeys(
+            ("stamped_headers", "timelimit", "callbacks", "errbacks", "chain"), (list, tuple, NONE)
+        ),
+        **dict.fromkeys(("chord", "stamps"), (dict, NONE)),
         **dict.fromkeys(("root_id", "parent_id", "group", "shadow", "argsrepr", "kwargsrepr"), (str, NONE)),
         **dict.fromkeys(("retries", "group_index", "replaced_task_nesting", "ignore_result"), (int, NONE)),
     }
@@ -125,13 +135,34 @@ class SafeRequest(Request):
         """Take a message. Raises InvalidTaskError for one that would block a process of the pool for ever."""
         super().__init__(message, **options)
         *_, embed = options["body"] if options.get("decoded") else message.payload
-        parts = {**self.request_dict, "embed": embed, **(embed if isinstance(embed, dict) else {})}
+        if fault := self.fault(self.request_dict | {"embed": embed}):
+            raise InvalidTaskError(f"this is no task: {fault}")
+        if cast(SafeTask, self.task).secret:  # whoever published it may not have hidden them
+            self._argsrepr, self._kwargsrepr = SECRET.values()
+            self.request_dict.update(SECRET)
+
+    def fault(self, parts: dict[str, Any]) -> str | None:
+        """Return which part of a message is not as Celery makes it."""
+        embed = parts["embed"] or {}
+        if not isinstance(embed, dict) or set(embed) - {"callbacks", "errbacks", "chain", "chord"}:
+            return "embed"
         for name, types in self.TYPES.items():
-            if not isinstance(part := parts.get(name), types):
-                raise InvalidTaskError(f"{name} is of type {type(part).__name__}")
-        limits = parts.get("timelimit") or (None, None)
-        if len(limits) != 2 or not all(isinstance(limit, (int, float, type(None))) for limit in limits):
-            raise InvalidTaskError("timelimit is no pair of seconds")
+            if not isinstance({**parts, **embed}.get(name), types):
+                return name
+        longest, limits = celeryconfig.task_time_limit, parts.get("timelimit") or (None, None)
+        latest = datetime.now(timezone.utc) + timedelta(seconds=longest)
+        rules = {
+            "stamped_headers": all(isinstance(stamp, str) for stamp in parts.get("stamped_headers") or ()),
+            "retries": 0 <= (parts.get("retries") or 0) < 1000,
+            "timelimit": len(limits) == 2
+            and all(
+                limit is None or (isinstance(limit, (int, float)) and 0 < limit <= longest)
+                for limit in limits
+            ),
+            # It is over when a task has come through the delay queues, which memory:// has not
+            "eta": not self.eta or self.eta <= latest or os.environ.get("CELERY_BROKER_URL") == "memory://",
+        }
+        return next((name for name, kept in rules.items() if not kept), None)
 
     def cancel(self, pool: Any, signal: Any = None, emit_retry: bool = False) -> None:
         """Stop a task whose connection is lost: RabbitMQ delivers it again.
@@ -146,7 +177,8 @@ class SafeRequest(Request):
 
         Celery acknowledges the first, or delivers it for ever; at a MemoryError the whole worker exits.
         """
-        error = getattr(exc_info.exception, "exc", exc_info.exception)  # billiard wraps it
+        error = exc_info.exception
+        error = error if isinstance(error, Retry) else getattr(error, "exc", error)  # billiard wraps it
         if isinstance(error, (TimeLimitExceeded, MemoryError)):
             self.reject(requeue=False)
         try:
@@ -192,7 +224,7 @@ class SafeTask(Task[Any, Any]):
         if (countdown := options.get("countdown")) is not None:
             options["countdown"] = max(countdown, 1) if countdown > 0 else None
         if self.secret:
-            options |= {"argsrepr": "(secret)", "kwargsrepr": "{}"}
+            options |= SECRET
         if not self.app.current_worker_task:  # a worker has declared it already
             declare_topology_once()
         try:
@@ -285,10 +317,15 @@ class SafeConsumer(Consumer):
     """
 
     class Blueprint(Consumer.Blueprint):
-        """The steps in which it starts, without DelayedDelivery: that waits for each node that is down."""
+        """The steps in which it starts, without two.
+
+        DelayedDelivery waits for each node that is down; an odd event ends Gossip, and with it the worker.
+        """
 
         default_steps: ClassVar = [
-            step for step in Consumer.Blueprint.default_steps if "DelayedDelivery" not in step
+            step
+            for step in Consumer.Blueprint.default_steps
+            if "DelayedDelivery" not in step and "Gossip" not in step
         ]
 
     left_out: ClassVar[list[Queue]] = []  # queues on a RabbitMQ node that is down
@@ -305,7 +342,19 @@ class SafeConsumer(Consumer):
             logger.critical("%s\nCure: %s", error.reply_text, INEQUIVALENT_CURE)
             raise WorkerShutdown(2) from None
         self.timer.call_after(15, self.take_back)
+        if self.hub:
+            self.timer.call_repeatedly(10, self.sweep)
         return connection
+
+    def sweep(self) -> None:
+        """Forget the time limits of tasks that have ended.
+
+        Without: each stays in memory until its time comes, 500 bytes a task for a quarter of an hour.
+        """
+        timers = [timer for timer in self.timer.queue if not timer.entry.canceled]
+        self.timer.clear()
+        for timer in timers:
+            self.timer.enter_at(timer.entry, timer.eta, timer.priority)
 
     def take_back(self) -> None:
         """Consume again from the queues whose node is back; look again after 15 seconds while one is not."""
@@ -327,8 +376,10 @@ class SafeConsumer(Consumer):
 
         def on_task_received(message: Message) -> None:
             try:
+                if message.content_type not in (message.accept or ()):
+                    raise ContentDisallowed(f"{message.content_type!r} is not accepted")
                 handle(message)
-            except (*self.connection_errors, OperationalError):
+            except self.connection_errors:
                 raise
             except Exception as error:  # noqa: BLE001  (whatever odd headers lead to)
                 self.on_decode_error(message, error)
@@ -338,7 +389,9 @@ class SafeConsumer(Consumer):
     def on_decode_error(self, message: Message, exc: Exception) -> None:
         """Reject the message; Celery's own method acknowledges it, and so drops it."""
         logger.critical("A message that can't be decoded goes to dead-letters: %r", str(exc))
-        if not message.acknowledged:
+        channel: Any = message.channel
+        unacknowledged = channel.no_ack_consumers or ()  # those of remote control
+        if not message.acknowledged and message.delivery_info.get("consumer_tag") not in unacknowledged:
             message.reject_log_error(logger, self.connection_errors)
 
     def on_unknown_message(self, body: Any, message: Message) -> None:
@@ -406,10 +459,13 @@ class SafeRPCBackend(RPCBackend):
         super().__init__(*args, **options)
         self._pending_messages.maxsize = None  # without: of more than 8,192 results the first are dropped
 
-    def add_pending_result(self, *args: Any, **options: Any) -> Any:
+    def add_pending_result(self, result: Any, *args: Any, **options: Any) -> Any:
         """Wait for a result, or find it among those that came before; not while another thread takes it."""
         with self.result_consumer.lock:
-            return super().add_pending_result(*args, **options)
+            added = super().add_pending_result(result, *args, **options)
+            if not self._pending_messages.get(result.id, True):
+                del self._pending_messages[result.id]  # without: its empty buffer stays for ever
+            return added
 
     def get_task_meta(self, task_id: str, backlog_limit: int = 1000) -> Any:
         """Return the state of a task, for `.state` and `.ready()`.
@@ -453,6 +509,12 @@ class SafeRPCBackend(RPCBackend):
 app.loader.override_backends = {"rpc": "tasks:SafeRPCBackend"}
 
 
+def shown(signature: Signature | None) -> str:
+    """Return what an error may tell of a task: not the arguments of a secret one."""
+    secret = signature and getattr(app.tasks.get(str(signature.task)), "secret", False)
+    return str(signature.task) if signature and secret else f"{signature!s:.100}"
+
+
 def publish_in_bulk(signatures: Iterable[Signature], window: int = 1000) -> int:
     """Publish any number of tasks, each confirmed by RabbitMQ, and return their number.
 
@@ -474,7 +536,7 @@ def publish_in_bulk(signatures: Iterable[Signature], window: int = 1000) -> int:
                 del unconfirmed[confirmed]
 
         def refuse(tag: int, multiple: bool) -> None:
-            raise OperationalError(f"RabbitMQ refused {unconfirmed[tag]!s:.100}")
+            raise OperationalError(f"RabbitMQ refused {shown(unconfirmed[tag])}")
 
         confirms = connection.transport.driver_type == "amqp"  # the embedded broker knows none
         if confirms:
@@ -488,7 +550,7 @@ def publish_in_bulk(signatures: Iterable[Signature], window: int = 1000) -> int:
             try:
                 yield
             except errors as error:
-                first = f"{next(iter(unconfirmed.values()), None)!s:.100}"
+                first = shown(next(iter(unconfirmed.values()), None))
                 raise OperationalError(f"{len(unconfirmed)} not confirmed, first {first}: {error}") from error
 
         number = 0

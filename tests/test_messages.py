@@ -15,7 +15,12 @@ import celeryconfig
 ODD = '''
 import os, signal, sys, time
 from celery.signals import task_postrun
+from celery.worker.control import inspect_command
 from tasks import app
+
+@inspect_command()
+def timers(state):
+    return len(state.consumer.timer)
 
 @app.task
 def size(text):
@@ -243,6 +248,21 @@ def test_thousands_of_results_in_any_order(odd: Odd) -> None:
         "print(results[-1].get(timeout=60), sum(result.get(timeout=60) for result in results))"
     )
     assert odd.call(code).stdout == "1 8500\n"
+
+
+def test_neither_caller_nor_worker_keeps_what_is_over(odd: Odd) -> None:
+    # Given thousands of results, of which many came before they were asked for
+    code = (
+        "calls = [odd.size.s('x') for _ in range(3_000)]\n"
+        "results = [call.freeze() for call in calls]\n"
+        "tasks.publish_in_bulk(calls)\n"
+        "assert sum(result.get(timeout=60) for result in reversed(results)) == 3_000\n"
+        "print(len(tasks.app.backend._pending_messages))"
+    )
+    # Then nothing is left of them where they were taken, and no time limit where they ran
+    assert odd.call(code).stdout == "0\n"
+    ask = "print(tasks.app.control.broadcast('timers', reply=True, limit=1)[0]['test@localhost'])"
+    until(lambda: int(odd.call(ask).stdout) < 100)
 
 
 def test_the_reply_queue_of_a_dead_caller_expires(odd: Odd, session_node: Node) -> None:

@@ -11,6 +11,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import benchmark
 import pytest
 from celery.app.defaults import DEFAULTS
 from conftest import PROJECT, clean_environment, drive
@@ -270,3 +271,12 @@ def test_the_readme_names_the_test_of_each_promise_and_each_fault() -> None:
     faults = re.findall(r"\ndef (\w+)\(_?shop: Shop, _?nodes", (PROJECT / "tests/test_faults.py").read_text())
     assert len(faults) > 10
     assert set(faults) <= named
+
+
+def test_the_benchmark_tells_medians_and_ratios() -> None:
+    figures = {"tasks/s": {"this project": [100.0, 300.0, 200.0], "Celery, stock": [50.0, 100.0, 400.0]}}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(benchmark, "FIGURES", figures)
+        rows = benchmark.summary()
+    assert [(row["median"], row["ratio"]) for row in rows] == [("200", "2.00"), ("100", "1.00")]
+    assert rows[1]["lowest to highest"] == "50 to 400"

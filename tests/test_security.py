@@ -6,6 +6,7 @@ import os
 import pickle
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import uuid
@@ -156,7 +157,7 @@ def test_files_of_tls_are_looked_at_first(tls: TLSNode, tmp_path: Path) -> None:
     assert "no.pem" in told(drive("hello", RABBITMQ_CA=str(tmp_path / "no.pem")))
     assert "go together" in told(drive("hello", **tls.variables(RABBITMQ_CERT="some.pem")))
     plain = tls.variables(CELERY_BROKER_URL=tls.url)
-    assert "RABBITMQ_CA is set, but" in told(drive("hello", **plain))
+    assert "is without TLS" in told(drive("hello", **plain))
 
 
 # --- A user of few rights -----------------------------------------------------------------------
@@ -317,7 +318,22 @@ HOSTILE: dict[str, Callable[[str], tuple[bytes, Any]]] = {
         properties("\x1b[31m\r\nCRITICAL: all is lost"),
     ),
     "odd arguments": lambda _: (b"[1, 2]", properties()),
-    "odd headers": lambda _: (b"[[], {}, {}]", properties(timelimit="soon", retries="x", eta=[])),
+    "compressed by who knows": lambda _: (b"[[], {}, {}]", properties(compression="application/zstd")),
+    "a bomb of a codec": lambda _: (
+        bomb(),
+        properties(content_type="application/data") | {"content_encoding": "zlib"},
+    ),
+    **{
+        f"odd {name}": partial(lambda headers, _: (b"[[], {}, {}]", properties(**headers)), {name: value})
+        for name, value in {
+            "timelimit": [10**6, None],
+            "retries": 10**10,
+            "eta": "2099-01-01T00:00:00",
+            "stamped_headers": [[1]],
+            "id": 7,
+        }.items()
+    },
+    "odd embed": lambda _: (b'[[], {}, {"timelimit": null}]', properties()),
 }
 
 
@@ -396,6 +412,23 @@ PROPERTIES = st.fixed_dictionaries(
 )
 
 
+@pytest.mark.parametrize(
+    ("exchange", "key", "content_type"),
+    [("celery.pidbox", "", "text/plain"), ("celeryev", "worker.odd", "application/json")],
+    ids=["remote control", "event"],
+)
+def test_an_odd_broadcast_stops_nothing(victim: Victim, exchange: str, key: str, content_type: str) -> None:
+    before = victim.log.read_text().count("Connected to")
+    with Connection(victim.url) as connection:
+        producer = Producer(connection.channel())
+        producer.publish(
+            b"{}", exchange=exchange, routing_key=key, content_type=content_type, content_encoding="utf-8"
+        )
+    assert victim.call("print(notes.note.delay().get(timeout=20))").stdout == "None\n"
+    assert celery(victim.url, "inspect", "ping").returncode == 0
+    assert victim.log.read_text().count("Connected to") == before
+
+
 @pytest.mark.timeout(600)  # seconds
 def test_thousands_of_hostile_messages_are_accounted_for(victim: Victim) -> None:
     sent = 0
@@ -420,6 +453,10 @@ def test_thousands_of_hostile_messages_are_accounted_for(victim: Victim) -> None
     # The worker is the one that it was, with its processes
     assert process.is_running()
     assert {child.pid for child in process.children()} == children
+    # Both of them run tasks
+    victim.call("[notes.pay.delay('', 5) for _ in range(2)]")
+    until(lambda: celery(victim.url, "inspect", "active", "-j").stdout.count("worker_pid") == 2, 10)
+    victim.letters(2)
 
 
 # --- Secrets ------------------------------------------------------------------------------------
@@ -439,6 +476,8 @@ def test_a_secret_argument_is_in_no_log_and_no_monitor(victim: Victim, tmp_path:
         active = until(lambda: celery(victim.url, "inspect", "active", "-j").stdout.partition("notes.pay")[2])
         victim.call(f"tasks.charge_card.delay('order 7', busy=0, card={CARD!r}).get(timeout=20)")
         victim.send((json.dumps([[CARD], {}, {}]).encode(), properties("no.such")))
+        until(lambda: depth(victim.url, "dead-letters") == 2)
+        listed = drive("--dead-letters", CELERY_BROKER_URL=victim.url).stdout
         letters = victim.letters(2)
         until(lambda: "task failed" in watched.read_text())
     finally:
@@ -446,7 +485,35 @@ def test_a_secret_argument_is_in_no_log_and_no_monitor(victim: Victim, tmp_path:
         monitor.wait()
     # Then it is in the messages, and nowhere else
     assert all(CARD in str(letter.body) for letter in letters)
-    for seen in active, watched.read_text():
+    for seen in active, watched.read_text(), listed:
         assert "(secret)" in seen
     for seen in active, victim.log.read_text(), watched.read_text():
         assert CARD not in seen
+
+
+# --- Containers ---------------------------------------------------------------------------------
+def test_the_user_of_compose_may_do_what_the_one_of_the_readme_may() -> None:
+    readme, compose = ((PROJECT / name).read_text() for name in ("README.md", "docker-compose.yml"))
+    patterns = re.findall(r"'(\^\(amq.*?\)\$)'", readme)
+    assert len(patterns) == 3
+    permissions = re.findall(r"default_permissions\.\w+ = (.*)", compose)
+    assert [permission.replace("$$", "$") for permission in permissions] == patterns
+
+
+def test_containers_are_published_on_this_machine_and_can_do_little() -> None:
+    command = ["docker", "compose", "--profile", "app", "config", "--format", "json"]
+    run = partial(subprocess.run, cwd=PROJECT, env=clean_environment(), capture_output=True)
+    if not shutil.which("docker") or run(["docker", "compose", "version"]).returncode:
+        pytest.skip("docker compose is not on PATH")
+    services = json.loads(run(command, check=True).stdout)["services"]
+    assert set(services) == {"rabbitmq", "worker", "beat"}
+    for service in services.values():
+        assert all(port["host_ip"] == "127.0.0.1" for port in service.get("ports", ()))
+        assert int(service["mem_limit"]) <= 2**30
+        assert service["cpus"]
+        assert service["security_opt"] == ["no-new-privileges:true"]
+    for name in "worker", "beat":
+        assert services[name]["read_only"]
+        assert services[name]["cap_drop"] == ["ALL"]
+        assert "USER app" in services[name]["build"]["dockerfile_inline"]
+    assert re.fullmatch(r"rabbitmq:\d+\.\d+-management", services["rabbitmq"]["image"])
