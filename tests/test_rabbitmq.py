@@ -37,6 +37,7 @@ from kombu import Connection, Exchange, Queue
 from kombu.exceptions import OperationalError
 
 import celeryconfig
+import run_tasks
 
 
 @pytest.fixture(autouse=True)
@@ -93,6 +94,16 @@ def test_all_lessons_run_with_the_workers_that_are_there(rabbitmq: str, worker: 
     assert "the workers that run there" in finished.stderr
     assert lessons["hello"]["rows"][1]["result"] == worker.name
     assert len([row for row in lessons["nodes"]["rows"] if "node" in row]) == 2
+
+
+def test_no_lesson_uses_what_rabbitmq_deprecates(node: Node, tmp_path: Path) -> None:
+    assert drive(*run_tasks.LESSONS, CELERY_BROKER_URL=node.url).returncode == 0
+    logged = "".join(path.read_text() for path in (tmp_path / "log").iterdir())
+    assert "Server startup complete" in logged
+    assert "deprecated" not in logged.lower()
+    if "list_deprecated_features" in node.control("help"):  # from RabbitMQ 3.12 on
+        in_use = node.control("-q", "list_deprecated_features", "--used", "name", "--formatter", "json")
+        assert json.loads(in_use) == []
 
 
 def test_a_poison_message_ends_with_its_caller_and_as_a_dead_letter(rabbitmq: str, worker: Worker) -> None:

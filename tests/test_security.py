@@ -164,9 +164,11 @@ def test_files_of_tls_are_looked_at_first(tls: TLSNode, tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def few_rights(session_node: Node) -> str:
     """Make the user of the README, with its very commands; give the URL for that user."""
-    commands = re.findall(r"^\$ sudo rabbitmqctl (.*)$", (PROJECT / "README.md").read_text(), re.MULTILINE)
+    readme = (PROJECT / "README.md").read_text()
+    (names,) = re.findall(r"^\$ names='(.*)'$", readme, re.MULTILINE)
+    commands = re.findall(r"^\$ sudo rabbitmqctl (.*)$", readme, re.MULTILINE)
     for command in commands:
-        session_node.control(*shlex.split(command))
+        session_node.control(*(names if word == "$names" else word for word in shlex.split(command)))
     session_node.control("set_permissions", "-p", "shop", "guest", ".*", ".*", ".*")
     assert [command.split()[0] for command in commands] == ["add_vhost", "add_user", "set_permissions"]
     return session_node.url.replace("guest:guest", "shop:choose-one").removesuffix("/") + "shop"
@@ -494,10 +496,9 @@ def test_a_secret_argument_is_in_no_log_and_no_monitor(victim: Victim, tmp_path:
 # --- Containers ---------------------------------------------------------------------------------
 def test_the_user_of_compose_may_do_what_the_one_of_the_readme_may() -> None:
     readme, compose = ((PROJECT / name).read_text() for name in ("README.md", "docker-compose.yml"))
-    patterns = re.findall(r"'(\^\(amq.*?\)\$)'", readme)
-    assert len(patterns) == 3
+    (names,) = re.findall(r"^\$ names='(.*)'$", readme, re.MULTILINE)
     permissions = re.findall(r"default_permissions\.\w+ = (.*)", compose)
-    assert [permission.replace("$$", "$") for permission in permissions] == patterns
+    assert [permission.replace("$$", "$") for permission in permissions] == 3 * [names]
 
 
 def test_containers_are_published_on_this_machine_and_can_do_little() -> None:
