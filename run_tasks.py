@@ -623,7 +623,8 @@ def no_rabbitmq(error: Exception) -> NoReturn:
         stop(f"{uri}: its certificate is refused: {cause.verify_message}", "correct RABBITMQ_CA or the host")
     if isinstance(cause, ssl.SSLError):
         stop(f"{uri}: no TLS there ({cause.reason})", "correct RABBITMQ_PORT (with TLS: usually 5671)")
-    doubt = "; does that port speak TLS?" if "unexpectedly closed" in str(error) else ""
+    cut = isinstance(cause, ConnectionResetError) or "unexpectedly closed" in str(error)
+    doubt = "; does that port speak TLS?" if cut else ""
     stop(f"{uri}: no RabbitMQ there ({error}{doubt})", "docker compose up -d --wait, or correct .env")
 
 
