@@ -26,6 +26,11 @@ SCRATCH = tempfile.TemporaryDirectory(prefix="celery-rabbitmq-tests-")  # for wh
 VARIABLES = ("CELERY_", "RABBITMQ_", "NO_COLOR")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add the option of test_browser.py."""
+    parser.addoption("--pictures", action="store_true", help="take the pictures of the README (docs/)")
+
+
 def clean_environment(**variables: str) -> dict[str, str]:
     """Return the environment without what would change where the project looks for RabbitMQ."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(VARIABLES)}
@@ -84,14 +89,16 @@ class Program(Executor):
 class Node(Program):
     """A RabbitMQ node on free ports of the loopback interface, with its data in a folder of its own."""
 
-    def __init__(self, folder: Path, **variables: str) -> None:
-        self.port, distribution, epmd = (free_port() for _ in range(3))
+    def __init__(self, folder: Path, plugins: str = "[].", **variables: str) -> None:
+        self.port, self.ui_port, metrics, distribution, epmd = (free_port() for _ in range(5))
         self.name = f"test-{self.port}@localhost"
         self.url = f"amqp://guest:guest@127.0.0.1:{self.port}//"
-        (folder / "plugins").write_text("[].")
+        (folder / "plugins").write_text(plugins)
         self.configuration = folder / "rabbitmq.conf"
         self.configuration.write_text(
             f"listeners.tcp.1 = 127.0.0.1:{self.port}\n"
+            f"management.tcp.port = {self.ui_port}\n"
+            f"prometheus.tcp.port = {metrics}\n"
             "max_message_size = 16777216\n"  # bytes: what RabbitMQ 4 has by default
         )
         self.environment = clean_environment(
@@ -234,16 +241,16 @@ def node(tmp_path: Path) -> Iterator[Node]:
         yield node
 
 
-@pytest.fixture
-def cluster(tmp_path: Path) -> Iterator[list[Node]]:
-    """Run three nodes that are one cluster, and that the test may break."""
-    shared = {"HOME": str(tmp_path), "ERL_EPMD_PORT": str(free_port())}  # the cookie is in HOME
+@contextlib.contextmanager
+def cluster_in(folder: Path, plugins: str = "[].") -> Iterator[list[Node]]:
+    """Run three nodes that are one cluster."""
+    shared = {"HOME": str(folder), "ERL_EPMD_PORT": str(free_port())}  # the cookie is in HOME
     nodes = []
     for number in range(3):
-        (tmp_path / f"node{number}").mkdir()
-        nodes.append(Node(tmp_path / f"node{number}", **shared))
-    (tmp_path / ".erlang.cookie").write_text("cluster")
-    (tmp_path / ".erlang.cookie").chmod(0o600)
+        (folder / f"node{number}").mkdir()
+        nodes.append(Node(folder / f"node{number}", plugins, **shared))
+    (folder / ".erlang.cookie").write_text("cluster")
+    (folder / ".erlang.cookie").chmod(0o600)
     formation = "cluster_formation.peer_discovery_backend = classic_config\n" + "".join(
         f"cluster_formation.classic_config.nodes.{number} = {node.name}\n"
         for number, node in enumerate(nodes)
@@ -253,6 +260,13 @@ def cluster(tmp_path: Path) -> Iterator[list[Node]]:
     with ThreadPoolExecutor() as pool, contextlib.ExitStack() as running:
         for started in pool.map(Node.start, nodes):
             running.callback(started.stop)
+        yield nodes
+
+
+@pytest.fixture
+def cluster(tmp_path: Path) -> Iterator[list[Node]]:
+    """Run three nodes that are one cluster, and that the test may break."""
+    with cluster_in(tmp_path) as nodes:
         yield nodes
 
 

@@ -46,11 +46,10 @@ class TLSNode(Node):
     """A RabbitMQ node that speaks TLS on a second port, with a certificate that can be changed."""
 
     def __init__(self, folder: Path) -> None:
-        super().__init__(folder)
+        super().__init__(folder, "[rabbitmq_auth_mechanism_ssl].")
         self.tls_port, self.files = free_port(), folder
         self.authority = trustme.CA()
         self.authority.cert_pem.write_to_path(folder / "ca.pem")
-        (folder / "plugins").write_text("[rabbitmq_auth_mechanism_ssl].")
         with self.configuration.open("a") as configuration:
             configuration.write(
                 f"listeners.ssl.1 = 127.0.0.1:{self.tls_port}\n"

@@ -1,0 +1,193 @@
+"""What a browser shows of a run: Flower's tasks, and the management UI of a cluster.
+
+$ tests/run tests/test_browser.py --pictures     and take the README's pictures
+"""
+
+import importlib.resources
+import io
+import os
+import pty
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from urllib.error import URLError
+from urllib.request import urlopen
+
+import pytest
+from conftest import (
+    PROJECT,
+    Node,
+    Program,
+    Worker,
+    celery,
+    clean_environment,
+    cluster_in,
+    drive,
+    free_port,
+    until,
+)
+from playwright.sync_api import Page, expect, sync_playwright
+from rich._export_format import CONSOLE_SVG_FORMAT
+from rich.console import Console
+from rich.text import Text
+
+LESSONS = ("hello", "parallel", "retries", "crash")
+
+
+@pytest.fixture(scope="module")
+def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Node]]:
+    """Run a cluster of three nodes with the management UI."""
+    with cluster_in(tmp_path_factory.mktemp("cluster"), plugins="[rabbitmq_management].") as nodes:
+        yield nodes
+
+
+class Flower(Program):
+    """Flower, as the README starts it."""
+
+    def __init__(self, url: str, folder: Path) -> None:
+        self.port = free_port()
+        command = [sys.executable, "-m", "celery", "-A", "tasks", "flower", "--address=127.0.0.1"]
+        super().__init__(
+            [*command, f"--port={self.port}"],
+            folder / "flower.log",
+            cwd=str(PROJECT),
+            envvars=clean_environment(CELERY_BROKER_URL=url),
+            timeout=30,
+        )
+
+    def after_start_check(self) -> bool:
+        """Tell whether it serves pages."""
+        try:
+            with urlopen(f"http://127.0.0.1:{self.port}/healthcheck") as answer:
+                return bool(answer.status == 200)
+        except (URLError, ConnectionError):
+            return False
+
+
+@pytest.fixture(scope="module")
+def flower(nodes: list[Node], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Flower]:
+    """Run a worker, Flower and some lessons; one more task fails and becomes a dead letter."""
+    url, folder = nodes[0].url, tmp_path_factory.mktemp("flower")
+    with Worker(url, folder, "-c8"), Flower(url, folder) as flower:
+        assert (
+            "1 node online" in celery(url, "control", "enable_events").stdout + celery(url, "status").stdout
+        )
+        assert drive(*LESSONS, CELERY_BROKER_URL=url).returncode == 0
+        celery(url, "call", "tasks.ship", "--args", '["sofa", 99999999999]')
+        yield flower
+
+
+@pytest.fixture(scope="module")
+def page() -> Iterator[Page]:
+    """Open a page in a real browser."""
+    program = shutil.which("chromium") or shutil.which("google-chrome")
+    if not program and os.environ.get("CI") != "true":
+        pytest.skip("chromium is not on PATH: tests/run installs it")
+    with sync_playwright() as playwright:
+        sandbox = ["--no-sandbox"] if os.geteuid() == 0 else []  # root has none
+        browser = playwright.chromium.launch(executable_path=program, args=sandbox)
+        yield browser.new_page(viewport={"width": 1100, "height": 560})
+        browser.close()
+
+
+@pytest.fixture
+def picture(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[str], Path]:
+    """Give the path of a picture: in docs/ if pictures are asked for."""
+    folder = PROJECT / "docs" if request.config.getoption("--pictures") else tmp_path
+    return lambda name: folder / name
+
+
+def test_flower_shows_the_workers_and_their_tasks(
+    flower: Flower, page: Page, picture: Callable[[str], Path]
+) -> None:
+    page.goto(f"http://127.0.0.1:{flower.port}/workers")
+    expect(page.get_by_text("test@localhost")).to_be_visible()
+    page.goto(f"http://127.0.0.1:{flower.port}/tasks")
+    for task, state in {"send_email": "SUCCESS", "ship": "FAILURE", "charge_card": "SUCCESS"}.items():
+        row = page.get_by_role("row").filter(has_text=f"tasks.{task}").filter(has_text=state)
+        expect(row.first).to_be_visible()
+    assert "4111" not in page.content()  # the number of the card
+    page.screenshot(path=picture("flower.png"))
+    assert picture("flower.png").stat().st_size < 200_000  # bytes
+
+
+def test_the_management_ui_shows_queues_dead_letters_and_nodes(
+    flower: Flower, nodes: list[Node], page: Page, picture: Callable[[str], Path]
+) -> None:
+    ui = f"http://127.0.0.1:{nodes[0].ui_port}/"
+    page.goto(ui)
+    page.fill("input[name=username]", "guest")
+    page.fill("input[name=password]", "guest")
+    page.click("input[type=submit]")
+    # The three nodes
+    for node in nodes:
+        expect(page.get_by_role("row").filter(has_text=node.name).first).to_contain_text("MiB")
+    page.get_by_role("heading", name="Nodes").scroll_into_view_if_needed()
+    page.screenshot(path=picture("nodes.png"))
+    # Their queues, without those of Celery and of callers
+    ready = page.get_by_role("row").filter(has=page.get_by_role("link", name="dead-letters", exact=True))
+
+    def queues_are_counted() -> bool:
+        page.goto(f"{ui}#/queues")
+        page.reload()
+        expect(ready).to_contain_text("+2")  # copies
+        return ready.locator("td").nth(6).inner_text() == "1"
+
+    def names_are_filtered() -> bool:
+        page.fill("#queues-name", "^[a-z-]+$")
+        page.keyboard.press("Enter")
+        return page.get_by_text("celery_delayed_0").count() == 0
+
+    until(queues_are_counted)
+    page.check("#queues-filter-regex-mode")
+    until(names_are_filtered)
+    page.screenshot(path=picture("queues.png"))
+    # A dead letter
+    page.select_option("#update-every", label="Do not refresh")
+    page.goto(f"{ui}#/queues/%2F/dead-letters")
+    page.get_by_role("heading", name="Get messages").click()
+    page.get_by_role("button", name="Get Message(s)").click()
+    letter = page.locator("#msg-wrapper")
+    for text in "rejected", "tasks.ship", "sofa":
+        expect(letter.get_by_text(text).first).to_be_visible()
+    letter.screenshot(path=picture("dead-letter.png"))
+    for name in "nodes.png", "queues.png", "dead-letter.png":
+        assert picture(name).stat().st_size < 200_000  # bytes
+
+
+def test_a_terminal_shows_the_run(flower: Flower, nodes: list[Node], picture: Callable[[str], Path]) -> None:
+    terminal, its_end = pty.openpty()
+    command = ["run_tasks.py", "hello", "parallel", "crash"]
+    with os.fdopen(terminal) as output:
+        finished = subprocess.run(
+            [sys.executable, *command],
+            cwd=PROJECT,
+            env=clean_environment(CELERY_BROKER_URL=nodes[0].url, TERM="xterm"),
+            check=False,
+            stdout=its_end,
+            stderr=subprocess.DEVNULL,
+            timeout=60,
+        )
+        os.close(its_end)
+        printed = os.read(output.fileno(), 65536).decode()
+    assert finished.returncode == 0
+    assert "\x1b[32mpassed" in printed
+    console = Console(record=True, width=108, file=io.StringIO())
+    console.print(Text.from_ansi(printed.replace(str(nodes[0].port), "5672")))
+    plain = re.sub(r"@font-face.*?\}\}", "", CONSOLE_SVG_FORMAT, flags=re.DOTALL)  # no font from elsewhere
+    console.save_svg(str(picture("run.svg")), title=f"$ python {' '.join(command)}", code_format=plain)
+
+
+def test_the_diagrams_of_the_readme_can_be_drawn(page: Page) -> None:
+    diagrams = re.findall(r"```mermaid\n(.*?)```", (PROJECT / "README.md").read_text(), re.DOTALL)
+    assert len(diagrams) >= 5
+    page.goto("about:blank")
+    page.add_script_tag(path=str(importlib.resources.files("mermaidx") / "assets" / "mermaid.js"))
+    for number, diagram in enumerate(diagrams):
+        drawn = page.evaluate(
+            "async ([id, text]) => (await mermaid.render(id, text)).svg", [f"d{number}", diagram]
+        )
+        assert drawn.startswith("<svg")

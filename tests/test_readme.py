@@ -1,0 +1,204 @@
+"""The README: its commands are run in their order and print what it shows, and it names all that there is."""
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from celery.app.defaults import SETTING_KEYS
+from conftest import PROJECT, Node, rabbitmq_program, until
+from sybil.document import Document
+from sybil.example import Example
+from sybil.parsers.markdown import CodeBlockParser, SkipParser
+
+import celeryconfig
+import run_tasks
+import tasks
+
+README = (PROJECT / "README.md").read_text()
+# What differs from run to run: ids, the names of nodes and their machine, times, and all other numbers
+VARIABLE = [
+    (r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", "ID"),
+    (r"\b(celery|driver\d+)@[\w.-]+", "NODE"),
+    (r"\d[\d,]*(\.\d+)*", "NUMBER"),
+    (r"-{2,}|\s+", " "),
+]
+# Programs that go on until Ctrl-C, each in a shell of its own
+GO_ON = ("celery -A tasks worker", "celery -A tasks beat", "celery -A tasks flower")
+END = "=== end of a command:"
+
+
+def pattern(line: str) -> str:
+    """Return a line of output without what is variable."""
+    for variable, name in VARIABLE:
+        line = re.sub(variable, name, line)
+    return line.strip()
+
+
+class Shell:
+    """The reader's shells, in a clean copy of the project."""
+
+    def __init__(self, folder: Path, node: Node) -> None:
+        self.folder, self.node = folder, node
+        hidden_or_made = shutil.ignore_patterns(".?*", "__pycache__", "*.egg-info", "build")
+        shutil.copytree(PROJECT, folder, ignore=hidden_or_made)
+        (folder.parent / "bin").mkdir()
+        sudo = folder.parent / "bin" / "sudo"  # root's commands are for the node of the test
+        sudo.write_text(
+            f'#!/bin/sh\nprogram=$(dirname {rabbitmq_program("rabbitmqctl")})/$1; shift; exec $program "$@"\n'
+        )
+        sudo.chmod(0o755)
+        self.environment = {**node.environment, "RABBITMQ_PORT": str(node.port)}
+        self.environment["PATH"] = f"{sudo.parent}:{os.environ['PATH']}"
+        self.first = subprocess.Popen(
+            ["/bin/bash"],
+            cwd=folder,
+            env=self.environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+        self.others: dict[str, subprocess.Popen[bytes]] = {}
+
+    def type(self, command: str) -> tuple[list[str], int]:
+        """Run a command to its end in the first shell; return the lines that it prints, and its status."""
+        assert self.first.stdin
+        assert self.first.stdout
+        print(f"{command}\nprintf '\\n{END} %s\\n' $?", file=self.first.stdin, flush=True)
+        lines = []
+        while not (line := self.first.stdout.readline()).startswith(END):
+            assert line, f"{command}: the shell has ended"
+            lines.append(line.rstrip("\n"))
+        return lines[: -1 if not lines[-1] else None], int(line.removeprefix(END))
+
+    def leave_running(self, program: str, command: str, shown: list[str]) -> None:
+        """Start what goes on, in the place of such a program that runs; wait until it prints that."""
+        self.stop(program)
+        log = self.folder.parent / f"{time.monotonic_ns()}.log"
+        with log.open("w") as output:
+            self.others[program] = subprocess.Popen(
+                ["/bin/bash", "-c", f". .venv/bin/activate; {command}"],
+                cwd=self.folder,
+                env=self.environment,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
+            )
+        expected = [*map(pattern, shown)] or ["ready."] * ("worker" in program)
+        until(lambda: all(line in pattern(log.read_text()) for line in expected))
+
+    def stop(self, program: str) -> None:
+        """Stop such a program, if one runs."""
+        if running := self.others.pop(program, None):
+            os.killpg(running.pid, signal.SIGTERM)  # SIGINT may be ignored, under nohup
+            running.wait(timeout=60)
+
+
+def is_as_shown(printed: list[str], shown: list[str]) -> bool:
+    """Tell whether a command printed what is shown in the end: of a line with an ellipsis, its beginning."""
+    pairs = zip(map(pattern, printed[-len(shown) :]), map(pattern, shown), strict=False)
+    return len(printed) >= len(shown) and all(
+        line.startswith(wanted.removesuffix("…")) if wanted.endswith("…") else line == wanted
+        for line, wanted in pairs
+    )
+
+
+def run_block(example: Example) -> None:
+    """Type the commands of a block: each prints what is shown below it, or, with nothing there, succeeds."""
+    shell: Shell = example.namespace["shell"]
+    for typed in re.split(r"^\$ ", str(example.parsed), flags=re.MULTILINE)[1:]:
+        command, *shown = typed.rstrip("\n").split("\n")
+        if program := next((program for program in GO_ON if program in command), None):
+            shell.leave_running(program, command, shown)
+            continue
+        deadline = time.monotonic() + 20  # seconds: RabbitMQ counts quorum queues every five
+        while True:
+            printed, status = shell.type(command)
+            passed = is_as_shown(printed, shown) if shown else status == 0
+            if passed or "rabbitmqctl" not in command or time.monotonic() > deadline:
+                break
+            time.sleep(0.5)
+        assert passed, "\n".join([command, *printed])
+
+
+def run_python(example: Example) -> None:
+    """Run a block of Python."""
+    shell: Shell = example.namespace["shell"]
+    script = shell.folder.parent / "block.py"
+    script.write_text(str(example.parsed))
+    lines, status = shell.type(f"PYTHONPATH=. python {script}")
+    assert status == 0, lines
+
+
+DOCUMENT = Document.parse(
+    str(PROJECT / "README.md"),
+    CodeBlockParser("console", run_block),
+    CodeBlockParser("python", run_python),
+    SkipParser(),
+)
+
+
+@pytest.fixture(scope="module")
+def shell(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shell]:
+    """Open the reader's first shell, beside a RabbitMQ that nobody has used."""
+    folder = tmp_path_factory.mktemp("reader")
+    (folder / "node").mkdir()
+    with Node(folder / "node") as node:
+        shell = Shell(folder / "a clean copy", node)
+        yield shell
+        for program in list(shell.others):
+            shell.stop(program)
+        shell.first.kill()
+        shell.first.communicate()
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("example", list(DOCUMENT), ids=lambda example: f"line {example.line}")
+def test_each_block_does_what_it_shows(example: Example, shell: Shell) -> None:
+    example.namespace["shell"] = shell
+    example.evaluate()
+
+
+def test_it_names_all_that_there_is() -> None:
+    profiles = re.findall(r"profiles: \[(\w+)\]", (PROJECT / "docker-compose.yml").read_text())
+    variables = re.findall(r"^#(\w+)=", (PROJECT / ".env.example").read_text(), re.MULTILINE)
+    settings = [name for name in vars(celeryconfig) if name in SETTING_KEYS]
+    there = [
+        *(f"### {name}: " for name in run_tasks.LESSONS),
+        *(f"python run_tasks.py {name}\n" for name in run_tasks.LESSONS if name != "words"),
+        *(f"--profile {name}" for name in profiles),
+        *(f"`{name}`" for name in [*variables, *settings]),
+        *(name.removeprefix("tasks.") for name in tasks.app.tasks if name.startswith("tasks.")),
+        *(option for parameter in run_tasks.cli.params for option in parameter.opts if option[0] == "-"),
+    ]
+    assert settings
+    assert [name for name in there if name not in README] == []
+
+
+def test_it_names_nothing_that_is_not_there() -> None:
+    words = set(re.findall(r"[\w.-]+", README))
+    lessons = {name for line in re.findall(r"run_tasks\.py ([a-z ]+)", README) for name in line.split()}
+    variables = {word for word in words if re.fullmatch(r"(RABBITMQ|CELERY|FLOWER)_[A-Z_]+", word)}
+    prefixes = ("task", "worker", "broker", "result", "beat", "control")
+    settings = {word for word in words if re.fullmatch(rf"({'|'.join(prefixes)})_[a-z_]+", word)}
+    settings -= {name.removeprefix("tasks.") for name in tasks.app.tasks}  # worker_name
+    example = (PROJECT / ".env.example").read_text()
+    compose = (PROJECT / "docker-compose.yml").read_text()
+    assert {name for name in lessons if name not in run_tasks.LESSONS} == set()
+    assert {name for name in variables if f"#{name}=" not in example} == set()
+    assert {name for name in settings if name not in SETTING_KEYS} == set()
+    assert {word for word in words if re.fullmatch(r"tasks\.[a-z_]+", word)} - {
+        "tasks.py",
+        *tasks.app.tasks,
+    } == set()
+    assert {name for name in re.findall(r"--profile (\w+)", README) if f"[{name}]" not in compose} == set()
+    for name in re.findall(r"`(test_\w+)`", README):
+        assert any(f"def {name}(" in path.read_text() for path in (PROJECT / "tests").glob("test_*.py"))
+    for name in re.findall(r"\]\(([\w./-]+)\)", README):
+        assert (PROJECT / name).exists(), name
