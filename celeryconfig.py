@@ -126,32 +126,30 @@ dead_letters = Queue(
 _tasks = Exchange("tasks", "topic", arguments={"alternate-exchange": unrouted.exchange.name})
 
 
-def _queue(name: str, arguments: dict[str, Any]) -> Queue:
+# Of a task that kills its process, a worker tells the caller at this many deliveries (SafeTask) …
+poison_limit = 3
+# Quorum queues live on several nodes of a cluster: without, one dead node loses the queue.
+# https://www.rabbitmq.com/docs/quorum-queues
+_quorum = {
+    "x-queue-type": "quorum",
+    # … and RabbitMQ stops it some deliveries later even if no worker can. Without: an endless crash loop.
+    "x-delivery-limit": poison_limit + 2,
+    "x-dead-letter-strategy": "at-least-once",  # without: a dead letter on its way can be lost
+}
+
+
+def _queue(name: str, kind: dict[str, Any] = _quorum) -> Queue:
     """Describe a work queue. Without the check: `low` would also take the delayed tasks of `mail.low`."""
     if "." in name:
         stop(
             f"The queue {name!r} has a dot in its name", "take another sign in its place, in celeryconfig.py"
         )
-    arguments |= {"x-dead-letter-exchange": dead_letters.exchange.name, "x-overflow": "reject-publish"}
-    return Queue(name, _tasks, routing_key=name, queue_arguments=arguments)
+    ours = {"x-dead-letter-exchange": dead_letters.exchange.name, "x-overflow": "reject-publish"}
+    return Queue(name, _tasks, routing_key=name, queue_arguments={**kind, **ours})
 
-
-# Of a task that kills its process, a worker tells the caller at this many deliveries (SafeTask) …
-poison_limit = 3
-# … and RabbitMQ stops it at this many even if no worker can. Without: an endless crash loop.
-_delivery_limit = poison_limit + 2
 
 task_queues = [
-    # Quorum queues live on several nodes of a cluster: without, one dead node loses the queue.
-    # https://www.rabbitmq.com/docs/quorum-queues
-    _queue(
-        "default",
-        {
-            "x-queue-type": "quorum",
-            "x-delivery-limit": _delivery_limit,
-            "x-dead-letter-strategy": "at-least-once",  # without: a dead letter on its way can be lost
-        },
-    ),
+    _queue("default"),
     # Classic, since quorum queues know priorities from RabbitMQ 4.3 on only: urgent work would wait.
     # https://www.rabbitmq.com/docs/priority
     _queue("priority", {"x-queue-type": "classic", "x-max-priority": 9}),

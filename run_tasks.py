@@ -57,9 +57,12 @@ OWN_WORKERS: set[int] = set()  # the process groups of the workers that the driv
 FAULTS: dict[type[Exception], tuple[str, str]] = {
     PreconditionFailed: ("RabbitMQ has it with other arguments", tasks.INEQUIVALENT_CURE),
     AccessRefused: ("RabbitMQ refuses this user or password", "correct RABBITMQ_USER and RABBITMQ_PASSWORD"),
-    NotAllowed: ("RabbitMQ has no such place", "rabbitmqctl add_vhost NAME, or correct CELERY_BROKER_URL"),
+    NotAllowed: ("RabbitMQ does not let this user into the virtual host", tasks.ACCESS_CURE),
     AMQPError: ("RabbitMQ says no", "docker compose ps, or rabbitmqctl status"),
-    NoAnswer: (f"No worker answered in {TIMEOUT} s", "read the worker's log; it must run this tasks.py"),
+    NoAnswer: (
+        f"No worker answered in {TIMEOUT} s",
+        "read the worker's log; it must run this tasks.py, with the same CELERY_RESULT_BACKEND",
+    ),
     ImproperlyConfigured: ("A setting is wrong", "correct .env as .env.example shows"),
     ImportError: ("A setting asks for a package that is not there", "correct CELERY_RESULT_BACKEND"),
     OperationalError: ("The connection to RabbitMQ failed", "docker compose ps, or rabbitmqctl status"),
@@ -87,7 +90,7 @@ def is_prefork() -> bool:
 
 
 NEEDS: dict[str, tuple[Callable[[], bool], str]] = {
-    "rabbitmq": (lambda: not is_embedded(), "only RabbitMQ can: docker compose up -d --wait"),
+    "rabbitmq": (lambda: not is_embedded(), "only RabbitMQ can (see the README: With RabbitMQ)"),
     "prefork": (is_prefork, "it would kill the worker: celery -A tasks worker --pool prefork"),
     "rpc": (lambda: app.backend.as_uri() == "rpc://", "no states come without CELERY_RESULT_BACKEND=rpc://"),
 }
@@ -116,8 +119,8 @@ def slots() -> int:
 
 
 def inspect() -> Any:
-    """Return Celery's `inspect`, which waits until the nodes of WORKERS have answered, or a second."""
-    return app.control.inspect(list(WORKERS) or None, timeout=1, limit=len(WORKERS) or None)
+    """Return Celery's `inspect`: it waits five seconds for the nodes of WORKERS, or one for any."""
+    return app.control.inspect(list(WORKERS) or None, timeout=5 if WORKERS else 1, limit=len(WORKERS) or None)
 
 
 def bar(steps: Any, label: str) -> Any:
@@ -343,7 +346,8 @@ def words(*paths: Path) -> Rows:
             "words": counted.total(),
         }
     ]
-    return [*rows, *({"skipped": path, "why": why} for path, why in skipped.items())]
+    rows += [{"skipped": path, "why": why} for path, why in islice(skipped.items(), 10)]
+    return rows if len(skipped) <= 10 else [*rows, {"skipped": f"and {len(skipped) - 10} more", "why": ""}]
 
 
 @lesson()
@@ -507,8 +511,10 @@ def nodes() -> Rows:
     check(all(row["took"] for row in rows), rows)
     with app.connection_for_write() as connection, connection.channel() as channel:
         for queue in [*celeryconfig.task_queues, celeryconfig.dead_letters, celeryconfig.unrouted]:
-            declared: Any = queue(channel).queue_declare(passive=True)
-            rows += [{"queue": queue.name, "messages": declared.message_count}]
+            bound: Any = queue(channel)
+            there = tasks.is_reachable(queue)
+            count = bound.queue_declare(passive=True).message_count if there else "its RabbitMQ node is down"
+            rows += [{"queue": queue.name, "messages": count}]
     return rows
 
 

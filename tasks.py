@@ -28,7 +28,7 @@ from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
-from amqp import AMQPError, NotFound, PreconditionFailed
+from amqp import AccessRefused, AMQPError, NotAllowed, NotFound, PreconditionFailed
 from amqp.exceptions import MessageNacked
 from celery import Celery, Task
 from celery.app.control import Control
@@ -77,7 +77,7 @@ class TLSTransport(SSLTransport):
             client.hostname = name  # kombu makes 127.0.0.1 of localhost
 
 
-TRANSPORT_ALIASES["amqps"] = "tasks:TLSTransport"
+TRANSPORT_ALIASES["amqps"] = f"{__name__}:TLSTransport"
 
 
 def bounded(new_decompressor: Callable[[], Any]) -> Callable[[bytes], bytes]:
@@ -199,7 +199,7 @@ class SafeRequest(Request):
 class SafeTask(Task[Any, Any]):
     """The class of every task here: a poison guard, and the traps of publishing made harmless."""
 
-    Request = "tasks:SafeRequest"
+    Request = f"{__name__}:SafeRequest"
     secret = False  # whether its arguments are left out of logs, of monitors and of --dead-letters
 
     def before_start(self, task_id: str, args: Any, kwargs: Any) -> None:
@@ -257,7 +257,7 @@ class SafeControl(Control):
     Mailbox = SafeMailbox
 
 
-app = Celery("tasks", task_cls=SafeTask, control=SafeControl)
+app = Celery(__name__, task_cls=SafeTask, control=SafeControl)
 app.config_from_object(celeryconfig)
 
 
@@ -308,6 +308,7 @@ def declare_topology_once() -> None:
 INEQUIVALENT_CURE = (
     "delete it once it is empty: celery -A tasks amqp queue.delete NAME (or exchange.delete NAME no)"
 )
+ACCESS_CURE = "correct user, password and virtual host in .env; rabbitmqctl set_permissions gives rights"
 
 
 class SafeConsumer(Consumer):
@@ -332,14 +333,19 @@ class SafeConsumer(Consumer):
 
     def connect(self) -> Connection:
         """Connect, also again, and declare the topology; a queue with other arguments ends the worker."""
-        connection: Connection = super().connect()
         try:
+            connection: Connection = super().connect()
             for queue in declare_topology(connection):
                 if queue.name in self.app.amqp.queues.consume_from:  # not with the option -Q for others
                     self.app.amqp.queues.deselect([queue.name])
                     self.left_out.append(queue)
         except PreconditionFailed as error:
             logger.critical("%s\nCure: %s", error.reply_text, INEQUIVALENT_CURE)
+            raise WorkerShutdown(2) from None
+        except (AccessRefused, NotAllowed) as error:  # without: it tries again at once, and for ever
+            if self.restart_count:
+                raise  # it was let in before, and may be again
+            logger.critical("%s\nCure: %s", error.reply_text, ACCESS_CURE)
             raise WorkerShutdown(2) from None
         self.timer.call_after(15, self.take_back)
         if self.hub:
@@ -506,7 +512,7 @@ class SafeRPCBackend(RPCBackend):
                 self.result_consumer.drain_events(timeout=0.01)
 
 
-app.loader.override_backends = {"rpc": "tasks:SafeRPCBackend"}
+app.loader.override_backends = {"rpc": f"{__name__}:SafeRPCBackend"}
 
 
 def shown(signature: Signature | None) -> str:

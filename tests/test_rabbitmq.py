@@ -205,6 +205,12 @@ def test_a_wrong_password_and_a_wrong_virtual_host(rabbitmq: str) -> None:
     assert "refuses this user or password" in told(drive("hello", CELERY_BROKER_URL=wrong_password))
     wrong_host = rabbitmq.removesuffix("/") + "no-such-vhost"
     assert "no-such-vhost" in told(drive("hello", CELERY_BROKER_URL=wrong_host))
+    # And a worker ends, with the same words
+    for url in wrong_password, wrong_host:
+        ended = celery(url, "worker", "-lwarning", "-Psolo")
+        assert ended.returncode == 2, ended.stderr
+        assert "Cure: correct user, password and virtual host" in ended.stderr
+        assert "Traceback" not in ended.stderr
 
 
 def test_a_queue_with_other_arguments(fresh: str, tmp_path: Path) -> None:

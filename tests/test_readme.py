@@ -45,8 +45,8 @@ class Shell:
 
     def __init__(self, folder: Path, node: Node) -> None:
         self.folder, self.node = folder, node
-        hidden_or_made = shutil.ignore_patterns(".?*", "__pycache__", "*.egg-info", "build")
-        shutil.copytree(PROJECT, folder, ignore=hidden_or_made)
+        made = (".git", ".venv", ".env", ".*_cache", ".hypothesis", "__pycache__", "*.egg-info", "build")
+        shutil.copytree(PROJECT, folder, ignore=shutil.ignore_patterns(*made))
         (folder.parent / "bin").mkdir()
         sudo = folder.parent / "bin" / "sudo"  # root's commands are for the node of the test
         sudo.write_text(
@@ -70,7 +70,8 @@ class Shell:
         """Run a command to its end in the first shell; return the lines that it prints, and its status."""
         assert self.first.stdin
         assert self.first.stdout
-        print(f"{command}\nprintf '\\n{END} %s\\n' $?", file=self.first.stdin, flush=True)
+        told = f"printf '\\n{END} %s\\n' $?"
+        print(f"{{ {command}\n}} </dev/null\n{told}", file=self.first.stdin, flush=True)
         lines = []
         while not (line := self.first.stdout.readline()).startswith(END):
             assert line, f"{command}: the shell has ended"
@@ -84,7 +85,7 @@ class Shell:
         with log.open("w") as output:
             self.others[program] = subprocess.Popen(
                 ["/bin/bash", "-c", f". .venv/bin/activate; {command}"],
-                cwd=self.folder,
+                cwd=self.type("pwd")[0][-1],
                 env=self.environment,
                 stdout=output,
                 stderr=output,
@@ -114,6 +115,8 @@ def run_block(example: Example) -> None:
     shell: Shell = example.namespace["shell"]
     for typed in re.split(r"^\$ ", str(example.parsed), flags=re.MULTILINE)[1:]:
         command, *shown = typed.rstrip("\n").split("\n")
+        while shown and shown[0].startswith(">"):  # a command of several lines
+            command += "\n" + shown.pop(0)[2:]
         if program := next((program for program in GO_ON if program in command), None):
             shell.leave_running(program, command, shown)
             continue
@@ -193,10 +196,9 @@ def test_it_names_nothing_that_is_not_there() -> None:
     assert {name for name in lessons if name not in run_tasks.LESSONS} == set()
     assert {name for name in variables if f"#{name}=" not in example} == set()
     assert {name for name in settings if name not in SETTING_KEYS} == set()
-    assert {word for word in words if re.fullmatch(r"tasks\.[a-z_]+", word)} - {
-        "tasks.py",
-        *tasks.app.tasks,
-    } == set()
+    its_own = {f"tasks.{name}" for name in re.findall(r"^> def (\w+)", README, re.MULTILINE)}
+    named = {word for word in words if re.fullmatch(r"tasks\.[a-z_]+", word)}
+    assert named - its_own - {"tasks.py", *tasks.app.tasks} == set()
     assert {name for name in re.findall(r"--profile (\w+)", README) if f"[{name}]" not in compose} == set()
     for name in re.findall(r"`(test_\w+)`", README):
         assert any(f"def {name}(" in path.read_text() for path in (PROJECT / "tests").glob("test_*.py"))
