@@ -61,7 +61,7 @@ FAULTS: dict[type[Exception], tuple[str, str]] = {
     AMQPError: ("RabbitMQ says no", "docker compose ps, or rabbitmqctl status"),
     NoAnswer: (
         f"No worker answered in {TIMEOUT} s",
-        "read the worker's log; it must run this tasks.py, with the same CELERY_RESULT_BACKEND",
+        "read the worker's log; it must have this tasks.py, its queues and the same CELERY_RESULT_BACKEND",
     ),
     ImproperlyConfigured: ("A setting is wrong", "correct .env as .env.example shows"),
     ImportError: ("A setting asks for a package that is not there", "correct CELERY_RESULT_BACKEND"),
