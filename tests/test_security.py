@@ -165,7 +165,8 @@ def few_rights(session_node: Node) -> str:
     """Make the user of the README, with its very commands; give the URL for that user."""
     readme = (PROJECT / "README.md").read_text()
     (names,) = re.findall(r"^\$ names='(.*)'$", readme, re.MULTILINE)
-    commands = re.findall(r"^\$ sudo rabbitmqctl (.*)$", readme, re.MULTILINE)
+    chapter = readme.split("\n## Safe by default")[1].split("\n## ")[0]
+    commands = re.findall(r"^\$ sudo rabbitmqctl (.*)$", chapter, re.MULTILINE)
     for command in commands:
         session_node.control(*(names if word == "$names" else word for word in shlex.split(command)))
     session_node.control("set_permissions", "-p", "shop", "guest", ".*", ".*", ".*")
@@ -501,19 +502,21 @@ def test_the_user_of_compose_may_do_what_the_one_of_the_readme_may() -> None:
 
 
 def test_containers_are_published_on_this_machine_and_can_do_little() -> None:
-    command = ["docker", "compose", "--profile", "app", "config", "--format", "json"]
+    command = ["docker", "compose", "--profile", "*", "config", "--format", "json"]
     run = partial(subprocess.run, cwd=PROJECT, env=clean_environment(), capture_output=True)
     if not shutil.which("docker") or run(["docker", "compose", "version"]).returncode:
         pytest.skip("docker compose is not on PATH")
     services = json.loads(run(command, check=True).stdout)["services"]
-    assert set(services) == {"rabbitmq", "worker", "beat"}
+    brokers, programs = {"rabbitmq", "rabbit1", "rabbit2", "rabbit3"}, {"worker", "beat", "flower"}
+    assert set(services) == brokers | programs
     for service in services.values():
         assert all(port["host_ip"] == "127.0.0.1" for port in service.get("ports", ()))
         assert int(service["mem_limit"]) <= 2**30
         assert service["cpus"]
         assert service["security_opt"] == ["no-new-privileges:true"]
-    for name in "worker", "beat":
+    for name in programs:
         assert services[name]["read_only"]
         assert services[name]["cap_drop"] == ["ALL"]
         assert "USER app" in services[name]["build"]["dockerfile_inline"]
-    assert re.fullmatch(r"rabbitmq:\d+\.\d+-management", services["rabbitmq"]["image"])
+    for name in brokers:
+        assert re.fullmatch(r"rabbitmq:\d+\.\d+-management", services[name]["image"])
