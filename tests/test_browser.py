@@ -172,13 +172,14 @@ def test_a_terminal_shows_the_run(flower: Flower, nodes: list[Node], picture: Ca
             timeout=60,
         )
         os.close(its_end)
-        printed = os.read(output.fileno(), 65536).decode()
+        printed = os.read(output.fileno(), 65536).decode().replace("\r", "")
     assert finished.returncode == 0
     assert "\x1b[32mpassed" in printed
     console = Console(record=True, width=108, file=io.StringIO())
     console.print(Text.from_ansi(printed.replace(str(nodes[0].port), "5672")))
     plain = re.sub(r"@font-face.*?\}\}", "", CONSOLE_SVG_FORMAT, flags=re.DOTALL)  # no font from elsewhere
     console.save_svg(str(picture("run.svg")), title=f"$ python {' '.join(command)}", code_format=plain)
+    assert picture("run.svg").read_text().count("passed") == 3
 
 
 def test_the_diagrams_of_the_readme_can_be_drawn(page: Page) -> None:
