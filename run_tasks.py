@@ -156,10 +156,10 @@ def error_of(result: AsyncResult[Any]) -> dict[str, str]:
     return {"error": type(result.result).__name__, "message": str(result.result)}
 
 
-def number_of_letters(channel: Any) -> int:
-    """Return how many dead letters there are by now."""
-    declared: Any = celeryconfig.dead_letters(channel).queue_declare(passive=True)
-    return int(declared.message_count)
+def depth(queue: Queue, channel: Any) -> int:
+    """Return how many messages wait in a queue by now."""
+    bound: Any = queue(channel)
+    return int(bound.queue_declare(passive=True).message_count)
 
 
 def letters(channel: Any, steps: Iterable[int]) -> Iterator[Letter]:
@@ -181,7 +181,7 @@ def dead_letter(task_id: str) -> Iterator[Letter]:
     deadline = time.monotonic() + TIMEOUT
     while time.monotonic() < deadline:
         with app.connection_for_write() as connection, connection.channel() as channel:
-            for letter in letters(channel, range(number_of_letters(channel))):
+            for letter in letters(channel, range(depth(celeryconfig.dead_letters, channel))):
                 if described(letter)["id"] == task_id:
                     yield letter
                     return
@@ -201,7 +201,7 @@ def described(letter: Letter) -> dict[str, Any]:
         return "".join(signs if len(signs) <= width else [*signs[: width - 1], "\u2026"])
 
     arguments = f"{headers.get('argsrepr', '')} {headers.get('kwargsrepr', '')}".removesuffix(" {}").strip()
-    if getattr(app.tasks.get(str(headers.get("task"))), "secret", False):
+    if tasks.is_secret(headers.get("task")):
         arguments = tasks.SECRET["argsrepr"]
     age = app.now() - died.replace(tzinfo=timezone.utc) if isinstance(died, datetime) else timedelta()
     return {
@@ -511,10 +511,9 @@ def nodes() -> Rows:
     check(all(row["took"] for row in rows), rows)
     with app.connection_for_write() as connection, connection.channel() as channel:
         for queue in [*celeryconfig.task_queues, celeryconfig.dead_letters, celeryconfig.unrouted]:
-            bound: Any = queue(channel)
             there = tasks.is_reachable(queue)
-            count = bound.queue_declare(passive=True).message_count if there else "its RabbitMQ node is down"
-            rows += [{"queue": queue.name, "messages": count}]
+            messages = depth(queue, channel) if there else "its RabbitMQ node is down"
+            rows += [{"queue": queue.name, "messages": messages}]
     return rows
 
 
@@ -702,7 +701,7 @@ def run(name: str, paths: list[Path], as_json: bool) -> bool:
 
 def list_dead_letters(channel: Any, as_json: bool) -> None:
     """Print what is known of each dead letter, a hundred at a time."""
-    there = range(number_of_letters(channel))
+    there = range(depth(celeryconfig.dead_letters, channel))
     with contextlib.nullcontext(there) if sys.stdout.isatty() else bar(there, "dead letters") as steps:
         rows = map(described, letters(channel, steps))
         while page := list(islice(rows, 100)):
@@ -713,7 +712,7 @@ def replay_dead_letters(channel: Any, ids: tuple[str, ...]) -> None:
     """Publish the dead letters with these ids again, or all; stop with a word on what could not be."""
     published, left, asked, missing = 0, 0, set(ids), set(ids)
     try:
-        with bar(range(number_of_letters(channel)), "dead letters") as steps:
+        with bar(range(depth(celeryconfig.dead_letters, channel)), "dead letters") as steps:
             for letter in letters(channel, steps):
                 task_id = described(letter)["id"]
                 if not asked or task_id in asked:

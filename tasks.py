@@ -146,8 +146,9 @@ class SafeRequest(Request):
         embed = parts["embed"] or {}
         if not isinstance(embed, dict) or set(embed) - {"callbacks", "errbacks", "chain", "chord"}:
             return "embed"
+        everything = parts | embed
         for name, types in self.TYPES.items():
-            if not isinstance({**parts, **embed}.get(name), types):
+            if not isinstance(everything.get(name), types):
                 return name
         longest, limits = celeryconfig.task_time_limit, parts.get("timelimit") or (None, None)
         latest = datetime.now(timezone.utc) + timedelta(seconds=longest)
@@ -515,10 +516,14 @@ class SafeRPCBackend(RPCBackend):
 app.loader.override_backends = {"rpc": f"{__name__}:SafeRPCBackend"}
 
 
+def is_secret(name: object) -> bool:
+    """Tell whether the arguments of the task of this name are secret; of an unknown one they are not."""
+    return bool(getattr(app.tasks.get(str(name)), "secret", False))
+
+
 def shown(signature: Signature | None) -> str:
     """Return what an error may tell of a task: not the arguments of a secret one."""
-    secret = signature and getattr(app.tasks.get(str(signature.task)), "secret", False)
-    return str(signature.task) if signature and secret else f"{signature!s:.100}"
+    return str(signature.task) if signature and is_secret(signature.task) else f"{signature!s:.100}"
 
 
 def publish_in_bulk(signatures: Iterable[Signature], window: int = 1000) -> int:

@@ -253,13 +253,6 @@ def test_what_is_no_text_is_skipped_and_named(tmp_path: Path) -> None:
     assert "hidden" not in "".join(texts)
 
 
-def test_the_readme_has_a_command_for_every_lesson() -> None:
-    readme = (PROJECT / "README.md").read_text()
-    for name in run_tasks.LESSONS:
-        assert f"\n### {name}: " in readme
-        assert re.search(rf"\n\$ python run_tasks.py .*\b{name}\b", readme)
-
-
 def test_the_readme_names_the_test_of_each_promise_and_each_fault() -> None:
     # Given the table of what was broken, with the names of tests in its last column
     chapter = (PROJECT / "README.md").read_text().split("### What was broken")[1].split("\n## ")[0]

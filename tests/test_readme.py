@@ -47,7 +47,7 @@ class Shell:
     """The reader's shells, in a clean copy of the project."""
 
     def __init__(self, folder: Path, node: Node) -> None:
-        self.folder, self.node = folder, node
+        self.folder = folder
         made = (".git", ".venv", ".env", ".*_cache", ".hypothesis", "__pycache__", "*.egg-info", "build")
         shutil.copytree(PROJECT, folder, ignore=shutil.ignore_patterns(*made))
         (folder.parent / "bin").mkdir()
@@ -176,8 +176,9 @@ def test_it_names_all_that_there_is() -> None:
     variables = re.findall(r"^#(\w+)=", (PROJECT / ".env.example").read_text(), re.MULTILINE)
     settings = [name for name in vars(celeryconfig) if name in SETTING_KEYS]
     there = [
-        *(f"### {name}: " for name in run_tasks.LESSONS),
-        *(f"python run_tasks.py {name}\n" for name in run_tasks.LESSONS if name != "words"),
+        *(f"\n### {name}: " for name in run_tasks.LESSONS),
+        *(f"\n$ python run_tasks.py {name}\n" for name in run_tasks.LESSONS if name != "words"),
+        "\n$ python run_tasks.py words ",
         *(f"--profile {name}" for name in profiles),
         *(f"`{name}`" for name in [*variables, *settings]),
         *(name.removeprefix("tasks.") for name in tasks.app.tasks if name.startswith("tasks.")),
