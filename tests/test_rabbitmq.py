@@ -374,6 +374,48 @@ def test_a_user_who_may_not_declare(session_node: Node) -> None:
     assert "ACCESS_REFUSED" in told(drive("hello", CELERY_BROKER_URL=url))
 
 
+# --- What makes a worker quick ------------------------------------------------------------------
+def test_acknowledgements_go_in_groups_and_none_is_forgotten(
+    fresh: str, session_node: Node, tmp_path: Path
+) -> None:
+    def unacknowledged() -> int:
+        columns = ("name", "messages_unacknowledged", "--formatter", "json")
+        listed = json.loads(session_node.control("-q", "list_queues", "-p", tmp_path.name, *columns))
+        return next(int(queue[columns[1]]) for queue in listed if queue["name"] == "default")
+
+    def run_ten_tasks() -> None:
+        code = "from tasks import add; print(sum(add.delay(n, 0).get(timeout=20) for n in range(10)))"
+        assert python("-c", code, CELERY_BROKER_URL=fresh).stdout == "45\n"
+
+    # Given a worker that prefetches 32 tasks, so that it sends acknowledgements by sixteens, or each minute
+    (tmp_path / "patient.py").write_text("import tasks\ntasks.SafeConsumer.ack_delay = 60\n")
+    arguments = ("-c1", "--prefetch-multiplier", "32", "--include", "patient")
+    with Worker(fresh, tmp_path, *arguments, PYTHONPATH=f"{PROJECT}{os.pathsep}{tmp_path}"):
+        # When it has run ten tasks, RabbitMQ waits
+        run_ten_tasks()
+        until(lambda: unacknowledged() == 10)
+        # When it has run ten more, only for the last four
+        run_ten_tasks()
+        until(lambda: unacknowledged() == 4)
+        # When it is stopped in good order
+    # Then RabbitMQ has them all
+    until(lambda: unacknowledged() == 0)
+    assert is_empty(fresh, "default")
+
+
+def test_the_processes_of_a_worker_connect_before_their_first_task(
+    fresh: str, session_node: Node, tmp_path: Path
+) -> None:
+    def connected(process: psutil.Process) -> bool:
+        return session_node.port in [connection.raddr.port for connection in process.net_connections()]
+
+    with Worker(fresh, tmp_path, "-c2") as worker:
+        assert worker.process
+        pool = psutil.Process(worker.process.pid).children()
+        until(lambda: all(map(connected, pool)))
+        assert len(pool) == 2
+
+
 # --- Publishing in bulk -------------------------------------------------------------------------
 def test_bulk_publishing_publishes_each_task_once(fresh: str) -> None:
     # Given no worker, and more tasks than fit the window
