@@ -22,7 +22,7 @@ import tempfile
 import threading
 import time
 import zlib
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
@@ -33,7 +33,6 @@ from amqp.exceptions import MessageNacked
 from celery import Celery, Task
 from celery.app.control import Control
 from celery.backends.rpc import ResultConsumer, RPCBackend
-from celery.bootsteps import RUN  # type: ignore[attr-defined]  # the stubs lack it
 from celery.canvas import Signature
 from celery.exceptions import InvalidTaskError, Retry, TimeLimitExceeded, WorkerShutdown
 from celery.result import task_join_will_block  # type: ignore[attr-defined]  # the stubs lack it
@@ -333,11 +332,11 @@ class SafeConsumer(Consumer):
         ]
 
     left_out: ClassVar[list[Queue]] = []  # queues on a RabbitMQ node that is down
-    ack_delay = 0.01  # seconds that an acknowledgement may wait for others
+    held: ClassVar[deque[Callable[[], Any]]] = deque()  # acknowledgements that wait for others
+    ack_delay = 0.01  # seconds that they wait at most
 
     def connect(self) -> Connection:
         """Connect, also again, and declare the topology; a queue with other arguments ends the worker."""
-        self.held: list[Callable[[], Any]] = []  # those of a lost connection are worth nothing
         try:
             connection: Connection = super().connect()
             for queue in declare_topology(connection):
@@ -376,31 +375,32 @@ class SafeConsumer(Consumer):
             self.timer.call_after(15, self.take_back)
 
     def call_soon_ack(self, p: Any, *args: Any, **options: Any) -> None:
-        """Send acknowledgements in groups: RabbitMQ writes a group to disk at once.
+        """Hold acknowledgements back, and send them in groups: RabbitMQ writes a group to disk at once.
 
-        No process waits for that: of the tasks prefetched for later, half at most are held back. So none
-        is with a prefetch multiplier of 1, nor in other pools than prefork, whose tasks stop the event loop.
+        No process waits for that: of what is prefetched for later, half at most is held back, so nothing
+        with a prefetch multiplier of 1. Only prefork has its event loop free while tasks run.
         """
-        send = functools.partial(super().call_soon_ack, p, *args, **options)
-        if not self.pool.uses_semaphore or self.blueprint.state != RUN:
-            send()
+        if not (self.hub and self.pool.uses_semaphore):
+            super().call_soon_ack(p, *args, **options)
             return
-        self.held.append(send)
-        if len(self.held) >= (self.qos.value - self.pool.num_processes) / 2:
-            self.send_held()
+        self.held.append(functools.partial(p, *args, **options))
+        later = self.qos.value - self.qos.value / max(self.prefetch_multiplier, 1)
+        if len(self.held) >= later / 2:
+            self.hub.call_soon(self.send_held)
         elif len(self.held) == 1:
             self.timer.call_after(self.ack_delay, self.send_held)
 
-    def send_held(self) -> None:
+    def send_held(self, _: Any = None) -> None:
         """Send the acknowledgements that were held back."""
-        held, self.held = self.held, []
-        for send in held:
-            send()
+        with contextlib.suppress(IndexError):  # there are no more
+            while True:
+                self.held.popleft()()
 
-    def stop(self) -> None:
-        """Send them before the worker ends: else these tasks would run again."""
-        self.send_held()
-        super().stop()
+    def register_with_event_loop(self, hub: Any) -> None:
+        """Begin on a new connection; what is held when the event loop ends is sent, or would run again."""
+        self.held.clear()
+        hub.on_close.add(self.send_held)
+        super().register_with_event_loop(hub)
 
     def connection_for_write(self, url: str | None = None, heartbeat: float | None = None) -> Connection:
         """Connect to publish events, unconfirmed: else a dead monitor's queue stops a worker of a cluster."""

@@ -71,6 +71,7 @@ VARIANTS = {
     "classic queues": Entry("project", CELERY, settings='{"classic": true}'),
     "prefetch 4": Entry("project", CELERY, ("--prefetch-multiplier", "4")),
     "prefetch 32": Entry("project", CELERY, TINY),
+    "prefetch 32, acknowledged one by one": Entry("project", CELERY, TINY, '{"ungrouped": true}'),
     "prefetch 32, threads": Entry("project", CELERY, (*TINY, "--pool", "threads")),
     "prefetch 32, solo": Entry("project", CELERY, (*TINY, "--pool", "solo")),
     "prefetch 32, 8 processes": Entry("project", CELERY, (*TINY, "-c8")),

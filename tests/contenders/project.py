@@ -5,6 +5,7 @@ import os
 import time
 from typing import Any
 
+from celery.worker.consumer import Consumer
 from work import mark, mark_slowly
 
 import celeryconfig
@@ -18,6 +19,8 @@ if settings.pop("classic", False):
     tasks.QUORUM.clear()
 if settings.pop("unconfirmed", False):
     app.conf.broker_transport_options |= {"confirm_publish": False}
+if settings.pop("ungrouped", False):
+    tasks.SafeConsumer.call_soon_ack = Consumer.call_soon_ack  # type: ignore[method-assign]
 app.conf.update(settings)
 
 WORKER = ("-m", "celery", "-A", "tasks", "worker", "-c2", "-lerror", "--include", "project")
