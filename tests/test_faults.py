@@ -334,7 +334,7 @@ def break_under_load(fault: Fault, shop: Shop, nodes: list[Node], pace: float = 
         accepted, refused = len(told["accepted"]), len(told["refused"])
         again = sum(count - 1 for count in shop.done().values())
         print(
-            f"{fault.__name__} {' '.join(shop.arguments)}: {accepted} accepted, {refused} refused, "
+            f"{' '.join((fault.__name__, *shop.arguments))}: {accepted} accepted, {refused} refused, "
             f"{again} ran again, longest pause {shop.pause():.1f} s"
         )
         assert accepted > 200
