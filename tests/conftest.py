@@ -143,6 +143,11 @@ class Node(Program):
             command, env=self.environment, check=True, capture_output=True, text=True, timeout=60
         ).stdout
 
+    def queues(self, column: str, host: str = "/") -> dict[str, Any]:
+        """Return what `rabbitmqctl list_queues` says in a column of each queue, by the queue's name."""
+        listed = self.control("-q", "list_queues", "-p", host, "name", column, "--formatter", "json")
+        return {queue["name"]: queue[column] for queue in json.loads(listed)}
+
 
 class Worker(Program):
     """A real `celery -A tasks worker`, known by its name, with its log in a file."""

@@ -254,8 +254,7 @@ def the_queue_is_full(shop: Shop, nodes: list[Node]) -> None:
 # --- A cluster ----------------------------------------------------------------------------------
 def leader(node: Node, nodes: list[Node]) -> Node:
     """Return the node of a cluster that leads the queue `default`, as another node sees it."""
-    listed = json.loads(node.control("-q", "list_queues", "name", "leader", "--formatter", "json"))
-    name = next(queue["leader"] for queue in listed if queue["name"] == "default")
+    name = node.queues("leader")["default"]
     return next(node for node in nodes if node.name == name)
 
 
@@ -298,10 +297,8 @@ def messages(url: str, node: Node) -> dict[str, int]:
     Left out is the reply queue of the publisher, named like "8-4-4-4-12" hexadecimal digits: it has ended,
     and a task that ran again may have sent its result again.
     """
-    host = url.rpartition("/")[2] or "/"
-    listed = node.control("-q", "list_queues", "-p", host, "name", "messages", "--formatter", "json")
-    queues = {queue["name"]: int(queue["messages"]) for queue in json.loads(listed)}
-    return {name: number for name, number in queues.items() if name.count("-") < 4}
+    queues = node.queues("messages", url.rpartition("/")[2] or "/")
+    return {name: int(number) for name, number in queues.items() if name.count("-") < 4}
 
 
 # --- What is left -------------------------------------------------------------------------------

@@ -379,9 +379,7 @@ def test_acknowledgements_go_in_groups_and_none_is_forgotten(
     fresh: str, session_node: Node, tmp_path: Path
 ) -> None:
     def unacknowledged() -> int:
-        columns = ("name", "messages_unacknowledged", "--formatter", "json")
-        listed = json.loads(session_node.control("-q", "list_queues", "-p", tmp_path.name, *columns))
-        return next(int(queue[columns[1]]) for queue in listed if queue["name"] == "default")
+        return int(session_node.queues("messages_unacknowledged", tmp_path.name)["default"])
 
     def run_ten_tasks() -> None:
         code = "from tasks import add; print(sum(add.delay(n, 0).get(timeout=20) for n in range(10)))"
