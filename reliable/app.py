@@ -1,0 +1,111 @@
+"""The Celery app: it puts the parts of this package together, and does nothing else."""
+
+import contextlib
+import copy
+from collections.abc import Iterable
+from typing import Any, ClassVar
+
+import celery
+from celery.app.control import Control as CeleryControl
+from celery.loaders.app import AppLoader
+from kombu import Queue
+from kombu.pidbox import Mailbox as KombuMailbox
+
+from reliable import publishing, topology
+from reliable.settings import SETTINGS
+
+
+def add_settings(sender: celery.Celery, source: Any, **_: Any) -> None:
+    """Put the settings of this package between those of the app and Celery's defaults.
+
+    Those of `app.add_defaults()` override what an app reads from an object.
+    """
+    source.maps.insert(-1, copy.deepcopy(SETTINGS))  # An app may change them in place
+
+
+class Loader(AppLoader):
+    """The loader of the app, which has its own rpc:// result backend."""
+
+    override_backends: ClassVar = {"rpc": "reliable.results:RPCBackend"}
+
+
+class Mailbox(KombuMailbox):
+    """The queues of remote control, such as `celery inspect`."""
+
+    queue_arguments: dict[str, Any]
+
+    def get_queue(self, hostname: str) -> Queue:
+        """Describe the queue in which a worker node receives commands."""
+        queue = super().get_queue(hostname)
+        queue.queue_arguments = self.queue_arguments
+        return queue
+
+    def get_reply_queue(self) -> Queue:
+        """Describe the queue in which a program receives the replies."""
+        queue = super().get_reply_queue()
+        queue.queue_arguments = self.queue_arguments
+        return queue
+
+
+class Control(CeleryControl):
+    """Remote control that survives a dead node of a cluster."""
+
+    Mailbox = Mailbox
+
+    def __init__(self, app: celery.Celery) -> None:
+        super().__init__(app)
+        self.mailbox.queue_arguments = topology.temporary(app)
+
+
+class Celery(celery.Celery):
+    """A Celery app that loses nothing on RabbitMQ. It takes the arguments and settings of `celery.Celery`."""
+
+    task_cls = "reliable.publishing:Task"
+    control_cls = Control
+    loader_cls = Loader
+    topology_is_declared = False
+
+    def on_init(self) -> None:
+        """Prepare to add the settings of this package."""
+        self.on_after_configure.connect(add_settings)
+
+    @property
+    def thread_oid(self) -> str:
+        """Return the name of the reply queue, one for all threads.
+
+        Celery has one for each, and gives the queue of a thread that ended to a new thread.
+        """
+        return str(self.oid)
+
+    def declare_topology_once(self) -> None:
+        """Declare exchanges and queues before this app publishes for the first time.
+
+        Raises:
+            kombu.exceptions.OperationalError: RabbitMQ is away.
+            amqp.PreconditionFailed: a queue exists with other arguments.
+            amqp.AccessRefused: the user may not declare a queue.
+        """
+        if not self.topology_is_declared:
+            with self.connection_for_write() as connection:
+                connection.ensure_connection(**self.conf.task_publish_retry_policy)
+                topology.declare(self, connection)
+            self.topology_is_declared = True
+
+    def send_task(self, name: str, args: Any = None, kwargs: Any = None, **options: Any) -> Any:
+        """Publish a task by name. Each way to call a task ends here.
+
+        Raises:
+            kombu.exceptions.OperationalError: RabbitMQ did not accept the message; the text says why.
+        """
+        publishing.prepare(self, name, options)
+        # A worker has declared the topology. A given producer has its own way to report errors.
+        if not self.current_worker_task:
+            self.declare_topology_once()
+        explained = contextlib.nullcontext() if options.get("producer") else publishing.explained(name)
+        with explained:
+            return super().send_task(name, args, kwargs, **options)
+
+    def publish_in_bulk(self, signatures: Iterable[Any], window: int = publishing.WINDOW) -> int:
+        """Publish any number of tasks, each confirmed by RabbitMQ. See `publishing.publish_in_bulk`."""
+        self.declare_topology_once()
+        return publishing.publish_in_bulk(self, signatures, window)

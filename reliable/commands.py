@@ -1,0 +1,124 @@
+"""The command `celery -A APP dead-letters`, which Celery finds by the entry point group `celery.commands`."""
+
+import contextlib
+import json
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import celery
+import click
+from amqp import AMQPError
+from kombu.exceptions import OperationalError
+
+from reliable.dead_letters import DeadLetter, Stuck, read
+from reliable.errors import describe_error, describe_failed_connection, exit_now
+
+#: One line of the list, for a terminal of 80 columns.
+LINE = "{task:<26.26} {id:<8.8} {arguments:<20.20} {reason:<9.9} {count:>5} {age:>7}"
+HEADING = LINE.format(task="task", id="id", arguments="arguments", reason="reason", count="count", age="age")
+
+
+def select(letters: Iterable[DeadLetter], ids: tuple[str, ...], task: str | None) -> Iterator[DeadLetter]:
+    """Yield the letters whose id starts with one of these, and of this task; no ids are all.
+
+    The program exits in the end if there is no letter for one of the ids.
+    """
+    missing = set(ids)
+    for letter in letters:
+        matching = {start for start in ids if letter.id.startswith(start)}
+        if (matching or not ids) and task in (None, letter.headers.get("task")):
+            missing -= matching
+            yield letter
+    if missing:
+        names = ", ".join(sorted(missing))
+        exit_now(f"No dead letter {names}, or somebody else is reading it", "celery -A APP dead-letters list")
+
+
+@click.group("dead-letters")
+def dead_letters() -> None:
+    """List the tasks that failed, run them again, or discard them."""
+
+
+one_task = click.option("--task", metavar="NAME", help="Only letters of this task.")
+some_ids = click.argument("ids", nargs=-1, metavar="[ID]...")
+
+
+@contextlib.contextmanager
+def dead_letter_queue(context: click.Context) -> Iterator[tuple[celery.Celery, Any]]:
+    """Give the app of the command and a channel. Exit if something is wrong with RabbitMQ."""
+    app = context.obj.app
+    try:
+        app.loader.import_default_modules()
+        with app.connection_for_write() as connection:
+            connection.ensure_connection(max_retries=1, interval_start=0)
+            app.declare_topology_once()
+            with connection.channel() as channel:
+                yield app, channel
+    except (OperationalError, OSError) as error:
+        exit_now(*describe_failed_connection(app.connection_for_write(), error))
+    except AMQPError as error:
+        exit_now(*describe_error(error))
+
+
+@dead_letters.command("list")
+@one_task
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON object for each letter.")
+@click.pass_context
+def list_letters(context: click.Context, task: str | None, as_json: bool) -> None:
+    """List the dead letters: which task, why it failed, how often, and how long ago."""
+    with dead_letter_queue(context) as (app, channel):
+        if not as_json:
+            click.echo(HEADING)
+        for letter in select(read(app, channel), (), task):
+            row = letter.summary()
+            click.echo(json.dumps(row) if as_json else LINE.format(**row))
+
+
+@dead_letters.command()
+@click.argument("id_", metavar="ID")
+@click.pass_context
+def show(context: click.Context, id_: str) -> None:
+    """Show a whole letter as JSON: headers, arguments, the error, and RabbitMQ's notes on its deaths."""
+    with dead_letter_queue(context) as (app, channel):
+        for letter in select(read(app, channel), (id_,), None):
+            click.echo(json.dumps(letter.everything(), indent=2, default=str))
+
+
+@dead_letters.command()
+@some_ids
+@one_task
+@click.pass_context
+def replay(context: click.Context, ids: tuple[str, ...], task: str | None) -> None:
+    """Run tasks again: those with these IDs, or all. Each one goes back to the queue that it came from."""
+    published, stuck = 0, []
+    try:
+        with dead_letter_queue(context) as (app, channel):
+            for letter in select(read(app, channel, "Publishing again"), ids, task):
+                try:
+                    letter.replay()
+                    published += 1
+                except Stuck as reason:
+                    stuck.append(f"{letter.id or letter.task}: {reason}")
+    finally:
+        click.echo(f"{published} published again")
+    if stuck:
+        first = "; ".join(stuck[:3]) + (" …" if len(stuck) > 3 else "")
+        exit_now(f"{len(stuck)} cannot go back: {first}", "add the queue to task_queues, or empty it")
+
+
+@dead_letters.command()
+@some_ids
+@one_task
+@click.option("--yes", is_flag=True, help="Do not ask.")
+@click.pass_context
+def discard(context: click.Context, ids: tuple[str, ...], task: str | None, yes: bool) -> None:
+    """Delete dead letters for good: those with these IDs, or all. It asks first."""
+    what = f"these {len(ids)} dead letters" if ids else "all dead letters"
+    if not yes:
+        click.confirm(f"Delete {what}{f' of {task}' if task else ''} for good?", abort=True)
+    discarded = 0
+    with dead_letter_queue(context) as (app, channel):
+        for letter in select(read(app, channel, "Deleting"), ids, task):
+            letter.delete()
+            discarded += 1
+    click.echo(f"{discarded} deleted")

@@ -1,0 +1,124 @@
+"""One message in a worker, and where each way to fail ends.
+
+https://docs.celeryq.dev/en/stable/userguide/tasks.html#requests-and-custom-requests
+"""
+
+import bz2
+import lzma
+import sys
+import zlib
+from collections.abc import Callable
+from datetime import datetime, timedelta, timezone
+from typing import Any
+
+from celery.exceptions import InvalidTaskError, Retry, TimeLimitExceeded
+from celery.utils.log import get_logger
+from celery.worker.request import Request as CeleryRequest
+from kombu.compression import decompress
+from kombu.exceptions import OperationalError
+from kombu.transport.pyamqp import Message as AMQPMessage
+
+NoneType = type(None)
+logger = get_logger(__name__)
+
+#: How large a message may be when it is unpacked, in bytes. Otherwise a small one could fill the memory.
+LARGEST = 16 * 2**20
+#: How long a worker may hold a task until it is due, in seconds.
+LATEST_ETA = 15 * 60
+#: The compressions that can be bounded. Others, such as zstd, are left to kombu.
+DECOMPRESSORS: dict[str, Callable[[], Any]] = {
+    "application/x-gzip": zlib.decompressobj,
+    "application/x-bz2": bz2.BZ2Decompressor,
+    "application/x-lzma": lzma.LZMADecompressor,
+}
+
+
+def unpack(body: bytes, compression: str) -> bytes:
+    """Return the body of a message as it was before it was compressed.
+
+    Raises:
+        ValueError: it is larger than LARGEST.
+        KeyError: the compression is not installed.
+    """
+    if compression not in DECOMPRESSORS:
+        return decompress(body, compression)
+    unpacked: bytes = DECOMPRESSORS[compression]().decompress(body, LARGEST + 1)
+    if len(unpacked) > LARGEST:
+        raise ValueError(f"more than {LARGEST} bytes when it is unpacked")
+    return unpacked
+
+
+class Message(AMQPMessage):
+    """A message, of which a worker unpacks no more than it can hold."""
+
+    body: bytes
+
+    def __init__(self, msg: Any, channel: Any = None, **options: Any) -> None:
+        headers = msg.properties.get("application_headers") or {}
+        compression = headers.pop("compression", None)  # Hidden from kombu, which would unpack it all
+        super().__init__(msg, channel, **options)
+        if compression is None:
+            return
+        self.headers["compression"] = compression
+        try:
+            self.body = unpack(self.body, compression)
+        except Exception:  # noqa: BLE001  (whatever the body is)
+            self.errors.append(sys.exc_info())
+
+
+class Request(CeleryRequest):
+    """One delivery of a task."""
+
+    def __init__(self, message: Any, **options: Any) -> None:
+        """Take a message.
+
+        Raises:
+            celery.exceptions.InvalidTaskError: parts of it are not as Celery makes them. Later they would
+                leave a worker process waiting forever, or the message would be lost.
+        """
+        super().__init__(message, **options)
+        limits, stamps = self.time_limits, self.request_dict.get("stamped_headers") or []
+        if not isinstance(self.kwargs, dict):
+            raise InvalidTaskError("the keyword arguments are not a mapping")
+        if len(limits) != 2 or not all(isinstance(limit, (int, float, NoneType)) for limit in limits):
+            raise InvalidTaskError("the time limits are not two numbers")
+        if not isinstance(stamps, list) or not all(isinstance(stamp, str) for stamp in stamps):
+            raise InvalidTaskError("the stamped headers are not names")
+        # Through the delay queues a task arrives when it is due. Otherwise it would wait in the worker, and
+        # RabbitMQ would close the connection of a worker that does not acknowledge it.
+        latest = datetime.now(timezone.utc) + timedelta(seconds=LATEST_ETA)
+        if self.eta and self.eta > latest and isinstance(message, Message):
+            raise InvalidTaskError("the eta is far away, and it did not come through the delay queues")
+
+    def on_failure(self, exc_info: Any, *args: Any, **options: Any) -> None:
+        """Keep a task that exceeded its hard time limit, or the memory, as a dead letter.
+
+        Celery acknowledges the first, or runs it forever. After a MemoryError the whole worker would exit.
+        """
+        error = exc_info.exception
+        if not isinstance(error, Retry):
+            error = getattr(error, "exc", error)  # billiard wraps it
+        if isinstance(error, (TimeLimitExceeded, MemoryError)):
+            self.reject(requeue=False)
+        try:
+            super().on_failure(exc_info, *args, **options)
+        except MemoryError:
+            pass
+        except (OperationalError, *self.connection_errors):
+            raise
+        except Exception:  # Odd parts of the message; the worker process would never be free again
+            logger.exception("What follows a failure failed as well")
+            self.reject(requeue=False)
+
+    def cancel(self, pool: Any, signal: Any = None, emit_retry: bool = False) -> None:
+        """Stop a task whose connection is lost. RabbitMQ delivers it again.
+
+        Celery would first report a retry to its caller, which it cannot while RabbitMQ is away, and then
+        that the task was revoked.
+        """
+        self._already_cancelled = True
+        super().cancel(pool, signal, emit_retry=False)
+
+    def info(self, safe: bool = False) -> Any:
+        """Answer `celery inspect active`, without the arguments of a secret task."""
+        return super().info(safe=safe or getattr(self.task, "secret", False))

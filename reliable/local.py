@@ -1,0 +1,162 @@
+"""A broker and workers for one run of a program: those that are there, or its own."""
+
+import contextlib
+import os
+import secrets
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import celery
+from celery.contrib.testing.worker import TestWorkController
+from celery.result import allow_join_result
+from kombu.exceptions import OperationalError
+
+from reliable.environment import names_rabbitmq
+from reliable.errors import describe_failed_connection, exit_now
+
+#: How long a worker may take to start, in seconds.
+START_TIMEOUT = 30
+
+
+@dataclass
+class Run:
+    """What a program uses for one run."""
+
+    description: str
+    #: The statistics of each worker node, by its name.
+    workers: dict[str, Any]
+    #: Whether broker and worker are in this process.
+    embedded: bool = False
+
+    @property
+    def processes(self) -> int:
+        """Return how many tasks the workers run at a time."""
+        return sum(worker["pool"]["max-concurrency"] for worker in self.workers.values())
+
+    @property
+    def has_processes(self) -> bool:
+        """Return whether each worker runs its tasks in processes, of which one can be lost."""
+        return all("prefork" in worker["pool"]["implementation"] for worker in self.workers.values())
+
+
+@contextlib.contextmanager
+def find_or_start(app: celery.Celery, embedded: bool = False) -> Iterator[Run]:
+    """Find RabbitMQ and its workers. Run a worker if none answers, and both in this process without RabbitMQ.
+
+    The program exits if RabbitMQ was named in the environment or in `.env`, and is not there.
+    """
+    where = "" if embedded or app.conf.broker_url == "memory://" else find_rabbitmq(app)
+    if not where:
+        reason = "--embedded" if embedded else f"no RabbitMQ at {app.connection_for_write().as_uri()}"
+        start_embedded(app)
+        with allow_join_result():  # The program waits for results in the process of the worker
+            yield Run(f"Embedded broker and worker ({reason})", find_workers(app), embedded=True)
+    elif workers := find_workers(app):
+        yield Run(f"{where}, with its workers", workers)
+    else:
+        with own_worker(app) as name:
+            yield Run(f"{where}, with a worker of our own", find_workers(app, name))
+
+
+def find_rabbitmq(app: celery.Celery) -> str:
+    """Return where RabbitMQ is, or "". Exit if it was named and is not there."""
+    app.conf.broker_transport_options |= {"on_blocked": report_block}
+    try:
+        return connect(app)
+    except (OperationalError, OSError) as error:
+        if names_rabbitmq():
+            exit_now(*describe_failed_connection(app.connection_for_write(), error))
+        return ""
+
+
+def report_block(_reason: str) -> None:
+    """Print that RabbitMQ blocks publishers. https://www.rabbitmq.com/docs/connection-blocked"""
+    print("RabbitMQ accepts no messages: it is short of memory or disk space. Waiting", file=sys.stderr)
+
+
+def connect(app: celery.Celery) -> str:
+    """Connect to RabbitMQ, declare the topology, and return the version and where it is.
+
+    It fails within five seconds. Raises what a connection and `app.declare_topology_once` raise.
+    """
+    limits = {"read_timeout": 1.5, "write_timeout": 1.5}  # Seconds: another program may listen on that port
+    with app.connection_for_write(connect_timeout=1.5, transport_options=limits) as connection:
+        connection.ensure_connection(max_retries=1, interval_start=0)
+        version = connection.connection.server_properties["version"]
+        app.declare_topology_once()
+        return f"RabbitMQ {version} at {connection.as_uri()}"  # Without the password
+
+
+def find_workers(app: celery.Celery, *names: str) -> dict[str, Any]:
+    """Return the statistics of each worker node that answers, by its name.
+
+    With names it waits up to five seconds for these nodes; without, a second for any.
+    """
+    inspect = app.control.inspect(list(names) or None, timeout=5 if names else 1, limit=len(names) or None)
+    return inspect.stats() or {}
+
+
+@contextlib.contextmanager
+def own_worker(app: celery.Celery, concurrency: int = 8) -> Iterator[str]:
+    """Run `celery worker` beside this program, and give the name of its node.
+
+    In the end it finishes the tasks that it has begun. After an error, or Ctrl-C, it is killed; RabbitMQ then
+    delivers its tasks again. The program exits if the worker does not start.
+    """
+    name = f"own{secrets.token_hex(2)}@localhost"
+    command = [
+        sys.executable,
+        "-m",
+        "celery",
+        "-A",
+        app.main,
+        "worker",
+        f"-c{concurrency}",
+        "-lwarning",
+        "-n",
+        name,
+    ]
+    with tempfile.TemporaryFile() as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+        try:
+            deadline = time.monotonic() + START_TIMEOUT
+            while not app.control.inspect([name], timeout=0.5, limit=1).ping():
+                if process.poll() is not None or time.monotonic() > deadline:
+                    log.seek(0)
+                    sys.stderr.write(log.read().decode(errors="replace"))
+                    exit_now("The worker does not start", "read its log above")
+            yield name
+            process.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=START_TIMEOUT)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def start_embedded(app: celery.Celery, concurrency: int = 8) -> None:
+    """Use kombu's broker in this process, and run a worker in a thread until the process ends.
+
+    Stopping that worker would take four seconds, so nothing does.
+    """
+    os.environ["CELERY_BROKER_URL"] = app.conf.broker_url = "memory://"
+    app.conf.broker_transport_options = {"polling_interval": 0.01}  # Seconds
+    app.set_default()  # For the threads of the worker
+    worker = TestWorkController(
+        app=app,
+        hostname="embedded@localhost",
+        pool="threads",
+        concurrency=concurrency,
+        without_gossip=True,
+        without_mingle=True,
+    )
+    threading.Thread(target=worker.start, daemon=True).start()
+    worker.ensure_started()

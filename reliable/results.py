@@ -1,0 +1,138 @@
+"""The rpc:// result backend: a result reaches the program that called the task, as long as that program runs.
+
+https://docs.celeryq.dev/en/stable/userguide/tasks.html#rpc-result-backend-rabbitmq-qpid
+"""
+
+import contextlib
+import math
+import threading
+import time
+from typing import Any
+
+from amqp import AMQPError
+from celery.backends.rpc import ResultConsumer as CeleryResultConsumer
+from celery.backends.rpc import RPCBackend as CeleryRPCBackend
+from celery.result import task_join_will_block
+from kombu import Message, Producer, Queue
+from kombu.common import maybe_declare
+from kombu.exceptions import OperationalError
+
+from reliable import topology
+
+
+class ResultConsumer(CeleryResultConsumer):
+    """Receives results from the reply queue, and acknowledges each one."""
+
+    _connection: Any
+    _consumer: Any
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        #: Held by the thread that receives for all threads of the program.
+        self.lock = threading.RLock()
+        #: When a result came last, in seconds.
+        self.last_result = time.monotonic()
+
+    @property
+    def is_consuming(self) -> bool:
+        """Return whether it consumes from the reply queue, as it does since the first `get()`."""
+        return self._consumer is not None
+
+    def consume_from(self, task_id: str) -> None:
+        """Leave it to drain_events, which can wait for RabbitMQ."""
+
+    def drain_events(self, timeout: float | None = None) -> None:
+        """Receive what comes within `timeout` seconds, and connect first if the connection was lost.
+
+        Raises:
+            TimeoutError: `get()` then calls again, until its own time is over.
+        """
+        with self.lock:
+            try:
+                if not self.is_consuming:
+                    self.start("", no_ack=False)
+                    self._consumer.register_callback(lambda _, message: message.ack())
+            except (AMQPError, OperationalError, OSError):
+                self.disconnect(timeout)
+            try:
+                self._connection.drain_events(timeout=timeout)
+            except TimeoutError:
+                raise
+            except (AMQPError, OperationalError, OSError):
+                self.disconnect(timeout)
+
+    def disconnect(self, timeout: float | None) -> None:
+        """Drop a connection that failed, and wait before the next attempt. Raises TimeoutError."""
+        self._connection.collect()
+        self._connection = self._consumer = None
+        time.sleep(timeout or 1)
+        raise TimeoutError from None
+
+    def on_state_change(self, meta: dict[str, Any], message: Message) -> None:
+        """Hand a state to those who wait for it.
+
+        Raises:
+            RuntimeError: `on_message` failed. Its own error could pass for a lost connection.
+        """
+        self.last_result = time.monotonic()
+        try:
+            super().on_state_change(meta, message)
+        except OSError as error:
+            raise RuntimeError("on_message failed") from error
+
+
+class RPCBackend(CeleryRPCBackend):
+    """Results as messages in a reply queue of the program that calls, one for all of its threads."""
+
+    ResultConsumer = ResultConsumer
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        # Otherwise Celery drops the oldest of more than 8,192 unread results.
+        self._pending_messages.maxsize = None
+
+    @property
+    def binding(self) -> Queue:
+        """Describe the reply queue: it outlives a connection, and expires after its program."""
+        arguments = topology.temporary(self.app)
+        return self.Queue(self.oid, self.exchange, self.oid, expires=self.expires, queue_arguments=arguments)
+
+    def add_pending_result(self, result: Any, *args: Any, **options: Any) -> Any:
+        """Wait for a result, or find it among those that came before."""
+        with self.result_consumer.lock:
+            added = super().add_pending_result(result, *args, **options)
+            if not self._pending_messages.get(result.id, True):
+                del self._pending_messages[result.id]  # Otherwise its empty buffer stays forever
+            return added
+
+    def get_task_meta(self, task_id: str, backlog_limit: int = 1000) -> Any:
+        """Return the state of a task, for `.state` and `.ready()`.
+
+        Since the first `get()` the consumer receives all results, and Celery's own method finds none.
+        """
+        with self.result_consumer.lock:
+            if self.result_consumer.is_consuming:
+                with contextlib.suppress(TimeoutError):
+                    for _ in range(backlog_limit):
+                        self.result_consumer.drain_events(timeout=0.01)
+            return super().get_task_meta(task_id, backlog_limit)
+
+    def on_task_call(self, producer: Producer, task_id: str) -> None:
+        """Declare the reply queue before the first call, and again after a lost connection.
+
+        Celery declares it at every call. Within a task there is none, as a task must not wait for another.
+        The queue expires while nobody consumes from it, so after half that time this starts to consume.
+        """
+        if task_join_will_block():
+            return
+        declared = producer.connection.declared_entities  # kombu forgets them with the connection
+        unread = time.monotonic() - self.result_consumer.last_result
+        is_expiring = unread > (self.expires or math.inf) / 2
+        if self.oid in declared and not is_expiring:
+            return
+        queue = self.binding(producer.channel)
+        maybe_declare(queue, retry=True, **self.app.conf.task_publish_retry_policy)
+        declared.add(self.oid)
+        if is_expiring:
+            with contextlib.suppress(TimeoutError):
+                self.result_consumer.drain_events(timeout=0.01)

@@ -1,0 +1,73 @@
+"""Celery's settings that lose nothing, as the defaults of `reliable.Celery`.
+
+The settings of an app override them, and so does an option of `celery worker` such as `task_acks_late=no`.
+
+https://docs.celeryq.dev/en/stable/userguide/configuration.html
+"""
+
+from typing import Any
+
+from reliable import topology
+
+_publish_retries = {"max_retries": 3, "interval_start": 0.2, "interval_step": 0.5, "interval_max": 1}
+
+SETTINGS: dict[str, Any] = {
+    # --- Publishing ---
+    # Otherwise a web request hangs while RabbitMQ is down. The intervals are in seconds.
+    "task_publish_retry_policy": _publish_retries,
+    "broker_transport_options": {
+        # Otherwise a caller that waits for a result tries to reconnect for minutes.
+        **_publish_retries,
+        # Otherwise messages in flight are lost when a connection drops.
+        "confirm_publish": True,
+        # Otherwise a publisher hangs forever while RabbitMQ is short of memory or disk space. In seconds.
+        "read_timeout": 10,
+        "write_timeout": 10,
+    },
+    # --- Queues ---
+    "task_queues": [topology.work_queue("default")],
+    "task_default_queue": "default",
+    "task_default_routing_key": "default",
+    "task_default_exchange": topology.TASKS.name,
+    "task_default_exchange_type": topology.TASKS.type,
+    # Otherwise a misspelt queue name creates a queue that nobody consumes.
+    "task_create_missing_queues": False,
+    # --- Running a task ---
+    # A task is acknowledged after it ran. Otherwise a killed process takes its task with it.
+    "task_acks_late": True,
+    # A task whose process was killed is published again, at most `max_retries` times, and then fails.
+    "task_retry_on_worker_lost": True,
+    # If it cannot be published, RabbitMQ delivers it again. Otherwise it would be lost.
+    "task_reject_on_worker_lost": True,
+    # A failed task becomes a dead letter. Otherwise RabbitMQ deletes it.
+    "task_acks_on_failure": False,
+    # RabbitMQ redelivers a task that is not acknowledged within 30 minutes, again and again. A task may wait
+    # for one other task of the same worker process first. In seconds.
+    # https://www.rabbitmq.com/docs/consumers#acknowledgement-timeout
+    "task_time_limit": 14 * 60,
+    # --- Workers ---
+    # Otherwise one worker hoards tasks that another could run, and urgent tasks wait behind them.
+    "worker_prefetch_multiplier": 1,
+    # Otherwise a task runs twice at the same time after its worker has lost the connection.
+    "worker_cancel_long_running_tasks_on_connection_loss": True,
+    # Otherwise a message that is not JSON is acknowledged, and so lost.
+    "worker_consumer": "reliable.worker:Consumer",
+    # Otherwise SIGQUIT hands back tasks that are almost done. In seconds.
+    "worker_soft_shutdown_timeout": 10,
+    # Otherwise a worker that starts before RabbitMQ exits.
+    "broker_connection_retry_on_startup": True,
+    # Otherwise a worker exits when RabbitMQ closes a channel.
+    "broker_channel_error_retry": True,
+    # Otherwise a worker takes four minutes to notice a dead RabbitMQ. In seconds.
+    "broker_heartbeat": 30,
+    # Otherwise a second worker of the same name exits, and so does a restart after a lost connection.
+    "control_queue_exclusive": False,
+    "control_queue_durable": True,
+    # --- Results ---
+    # Otherwise the results for a caller that died stay for a day. In seconds.
+    "result_expires": 3600,
+    # Otherwise results are lost when RabbitMQ restarts.
+    "result_persistent": True,
+    # All threads of a program share one reply queue. Otherwise a thread that ends loses the results for it.
+    "result_backend_thread_safe": True,
+}
