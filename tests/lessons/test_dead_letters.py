@@ -1,19 +1,20 @@
-"""Dead letters: what the driver tells of them, and how it publishes them again."""
+"""Dead letters: the command that lists, shows, replays and discards them."""
 
 import json
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import PROJECT, Node, Worker, celery, clean_environment, depth, drive, is_empty, python, until
 from kombu import Connection, Exchange
+from programs import PATHS, celery, python, start_python, what_is_wrong
+
+from reliable.testing import Node, Worker, depth, until
 
 PUBLISH_EXPIRED = (  # nobody consumes them
     "import sys, tasks\n"
-    "tasks.publish_in_bulk(tasks.check_price.s(i).set(expires=0.001) for i in range(int(sys.argv[1])))\n"
+    "tasks.app.publish_in_bulk(tasks.check_price.s(i).set(expires=0.001) for i in range(int(sys.argv[1])))\n"
 )
 
 
@@ -23,9 +24,14 @@ def expire(url: str, number: int) -> None:
     until(lambda: depth(url, "dead-letters") == number)
 
 
-def listed(url: str) -> list[dict[str, Any]]:
-    """Return what `--dead-letters --json` prints."""
-    printed = drive("--dead-letters", "--json", CELERY_BROKER_URL=url)
+def dead_letters(url: str, *arguments: str) -> "subprocess.CompletedProcess[str]":
+    """Run `celery dead-letters`."""
+    return celery(url, "dead-letters", *arguments)
+
+
+def listed(url: str, *arguments: str) -> list[dict[str, Any]]:
+    """Return what `dead-letters list --json` prints."""
+    printed = dead_letters(url, "list", "--json", *arguments)
     assert printed.returncode == 0, printed.stderr
     return [json.loads(line) for line in printed.stdout.splitlines()]
 
@@ -43,13 +49,14 @@ def test_dead_letters_are_listed(fresh: str) -> None:
     assert all(letter["age"].startswith("0:00:") and len(letter["id"]) == 36 for letter in letters)
     assert depth(fresh, "dead-letters") == 2
     # And people read them as a table
-    lines = drive("--dead-letters", CELERY_BROKER_URL=fresh).stdout.splitlines()
-    assert lines[0].split() == ["task", "id", "arguments", "reason", "queue", "count", "age"]
+    lines = dead_letters(fresh, "list").stdout.splitlines()
+    assert lines[0].split() == ["task", "id", "arguments", "reason", "count", "age"]
     assert len(lines) == 3
+    assert max(map(len, lines)) <= 80
 
 
-def test_what_is_no_task_is_listed_without_its_control_signs(fresh: str) -> None:
-    drive("--dead-letters", CELERY_BROKER_URL=fresh).check_returncode()  # declares the queue
+def test_what_is_no_task_is_listed_without_its_control_characters(fresh: str) -> None:
+    dead_letters(fresh, "list").check_returncode()  # declares the queue
     with Connection(fresh) as connection, connection.channel() as channel:
         producer: Any = connection.Producer(channel, exchange=Exchange("dead-letters", "fanout"))
         producer.publish(
@@ -57,13 +64,13 @@ def test_what_is_no_task_is_listed_without_its_control_signs(fresh: str) -> None
         )
         producer.publish({}, headers={"task": "\x1b[2Jred\n", "id": "7"})
     first, second = listed(fresh)
-    assert (first["task"], first["reason"], first["queue"]) == ("no task", "published here", "")
+    assert (first["task"], first["reason"], first["queue"]) == ("not a task", "published here", "")
     assert len(first["arguments"]) == 40
     assert (second["task"], second["id"]) == ("?[2Jred?", "7")
     # They have no queue to go back to
-    replayed = drive("--replay", CELERY_BROKER_URL=fresh)
+    replayed = dead_letters(fresh, "replay")
     assert (replayed.returncode, replayed.stdout) == (2, "0 published again\n")
-    assert "2 came from a queue that is gone" in replayed.stderr
+    assert "2 cannot go back: not a task: it did not come from a queue; 7: it did not" in replayed.stderr
     assert depth(fresh, "dead-letters") == 2
 
 
@@ -78,26 +85,27 @@ def test_what_is_no_task_is_listed_without_its_control_signs(fresh: str) -> None
     ],
 )
 def test_odd_headers_do_no_harm(fresh: str, headers: dict[str, Any]) -> None:
-    drive("--dead-letters", CELERY_BROKER_URL=fresh).check_returncode()  # declares the queue
+    dead_letters(fresh, "list").check_returncode()  # declares the queue
     with Connection(fresh) as connection, connection.channel() as channel:
         producer: Any = connection.Producer(channel, exchange=Exchange("dead-letters", "fanout"))
         producer.publish(b"{}", headers=headers, content_type="application/json", content_encoding="utf-8")
     (letter,) = listed(fresh)
     assert letter["count"] == 1
     assert "\x1b" not in str(letter)
-    assert "1 came from a queue that is gone" in drive("--replay", CELERY_BROKER_URL=fresh).stderr
+    assert "1 cannot go back: " in dead_letters(fresh, "replay").stderr
     assert depth(fresh, "dead-letters") == 1
 
 
 def test_a_compressed_task_is_replayed_as_it_is(fresh: str, tmp_path: Path) -> None:
-    with Worker(fresh, tmp_path, "-c1"):
+    with Worker("tasks", fresh, tmp_path, "-c1", **PATHS):
         code = (
             "import subprocess, sys, tasks, time\n"
             "result = tasks.ship.apply_async(('lamp', time.time() + 2), compression='zlib')\n"
             "try: result.get(timeout=20)\n"
             "except tasks.OutOfStockError: result.forget()\n"
             "time.sleep(2)\n"
-            "subprocess.run([sys.executable, 'run_tasks.py', '--replay', result.id], check=True)\n"
+            "replay = ['-m', 'celery', '-A', 'tasks', 'dead-letters', 'replay', result.id]\n"
+            "subprocess.run([sys.executable, *replay], check=True)\n"
             "print(tasks.app.AsyncResult(result.id).get(timeout=20))"
         )
         assert python("-c", code, CELERY_BROKER_URL=fresh).stdout.endswith("\nlamp: shipped\n")
@@ -107,47 +115,66 @@ def test_a_replay_to_a_full_queue_says_so(fresh: str, session_node: Node) -> Non
     expire(fresh, 20)
     host = fresh.rpartition("/")[2]
     session_node.control("set_policy", "-p", host, "full", "^default$", '{"max-length": 3}')
-    stopped = drive("--replay", CELERY_BROKER_URL=fresh)
-    assert stopped.returncode == 2
-    cause, cure = stopped.stderr.splitlines()[-2:]
-    assert "the queue default is full" in cause
-    assert cure.startswith("Cure: ")
+    stopped = dead_letters(fresh, "replay")
+    assert "the queue default is full" in what_is_wrong(stopped)
     published = int(stopped.stdout.split()[0])
+    assert 0 < published < 20
     assert depth(fresh, "default") == published
     assert depth(fresh, "dead-letters") == 20 - published
 
 
-def test_options_that_contradict_each_other_are_refused(fresh: str) -> None:
-    for options in (["--dead-letters", "--replay"], ["--dead-letters", "hello"], ["--replay", "--embedded"]):
-        stopped = drive(*options, CELERY_BROKER_URL=fresh)
-        assert (stopped.returncode, stopped.stdout, len(stopped.stderr.splitlines())) == (2, "", 2)
+def test_letters_of_one_task_are_selected(fresh: str) -> None:
+    expire(fresh, 2)
+    assert listed(fresh, "--task", "tasks.add") == []
+    assert len(listed(fresh, "--task", "tasks.check_price")) == 2
+    assert dead_letters(fresh, "replay", "--task", "tasks.add").stdout == "0 published again\n"
+
+
+def test_a_whole_letter_is_shown(fresh: str) -> None:
+    expire(fresh, 1)
+    (letter,) = listed(fresh)
+    shown = json.loads(dead_letters(fresh, "show", letter["id"][:8]).stdout)
+    assert shown["headers"]["task"] == "tasks.check_price"
+    assert shown["headers"]["x-death"][0]["reason"] == "expired"
+    assert shown["body"][0] == [0]
+    assert "No dead letter no-such-id" in what_is_wrong(dead_letters(fresh, "show", "no-such-id"))
+
+
+def test_letters_are_discarded_after_a_question(fresh: str) -> None:
+    expire(fresh, 3)
+    first = listed(fresh)[0]["id"]
+    assert dead_letters(fresh, "discard").returncode == 1  # Nobody says yes
+    assert depth(fresh, "dead-letters") == 3
+    assert dead_letters(fresh, "discard", "--yes", first).stdout == "1 deleted\n"
+    assert dead_letters(fresh, "discard", "--yes").stdout == "2 deleted\n"
+    assert depth(fresh, "dead-letters") == 0
 
 
 def test_named_dead_letters_are_replayed(fresh: str, tmp_path: Path) -> None:
     # Given three dead letters, and a worker
     expire(fresh, 3)
     letters = listed(fresh)
-    with Worker(fresh, tmp_path, "-c2"):
+    with Worker("tasks", fresh, tmp_path, "-c2", **PATHS):
         # When two are replayed, and one that is not there
         ids = [letters[0]["id"], letters[2]["id"], "no-such-id"]
-        replayed = drive("--replay", *ids, CELERY_BROKER_URL=fresh)
+        replayed = dead_letters(fresh, "replay", *ids)
         # Then these two run, though they are late, and the driver names the one
         assert replayed.stdout == "2 published again\n"
         assert replayed.returncode == 2
-        assert "No dead letter of no-such-id (or somebody is reading it)\nCure: " in replayed.stderr
-        until(lambda: is_empty(fresh, "default"))
+        assert "No dead letter no-such-id, or somebody else is reading it" in what_is_wrong(replayed)
+        until(lambda: depth(fresh, "default") == 0)
         assert [letter["id"] for letter in listed(fresh)] == [letters[1]["id"]]
 
 
 def test_a_replay_that_fails_again_is_counted(fresh: str, tmp_path: Path) -> None:
     # Given a task that fails each time
-    with Worker(fresh, tmp_path, "-c1"):
+    with Worker("tasks", fresh, tmp_path, "-c1", **PATHS):
         code = "import tasks; tasks.ship.apply_async(('lamp', 1e12), ignore_result=True)"
         python("-c", code, CELERY_BROKER_URL=fresh).check_returncode()
         # When it is replayed, twice
         for _ in range(2):
             until(lambda: depth(fresh, "dead-letters") == 1)
-            assert drive("--replay", CELERY_BROKER_URL=fresh).stdout == "1 published again\n"
+            assert dead_letters(fresh, "replay").stdout == "1 published again\n"
         # Then it is a dead letter again, of three deaths
         until(lambda: depth(fresh, "dead-letters") == 1)
         (letter,) = listed(fresh)
@@ -157,11 +184,9 @@ def test_a_replay_that_fails_again_is_counted(fresh: str, tmp_path: Path) -> Non
 def test_a_replay_that_is_killed_loses_nothing(fresh: str) -> None:
     # Given many dead letters
     expire(fresh, 500)
-    command = [sys.executable, str(PROJECT / "run_tasks.py"), "--replay"]
-    # When the driver is killed in the middle of their replay
-    with subprocess.Popen(
-        command, env=clean_environment(CELERY_BROKER_URL=fresh), stderr=subprocess.DEVNULL
-    ) as replay:
+    # When a replay is killed in the middle
+    command = ["-m", "celery", "-A", "tasks", "dead-letters", "replay"]
+    with start_python(*command, CELERY_BROKER_URL=fresh) as replay:
         until(lambda: depth(fresh, "default") > 100)
         replay.kill()
     # Then each is in one queue or the other, and at most one in both
@@ -169,17 +194,18 @@ def test_a_replay_that_is_killed_loses_nothing(fresh: str) -> None:
     assert 500 <= depth(fresh, "default") + depth(fresh, "dead-letters") <= 501
     assert depth(fresh, "dead-letters") > 0
     # And the rest can be replayed
-    drive("--replay", CELERY_BROKER_URL=fresh).check_returncode()
-    assert is_empty(fresh, "dead-letters")
+    dead_letters(fresh, "replay").check_returncode()
+    assert depth(fresh, "dead-letters") == 0
     assert 500 <= depth(fresh, "default") <= 501
 
 
 @pytest.mark.timeout(300)  # seconds
 def test_ten_thousand_dead_letters_take_no_more_memory_than_ten(fresh: str) -> None:
-    # Given a driver that tells its greatest use of memory
+    # Given a program that prints the greatest use of memory
     code = (
         "import resource, subprocess, sys\n"
-        "done = subprocess.run([sys.executable, 'run_tasks.py', *sys.argv[1:]], stdout=subprocess.DEVNULL)\n"
+        "command = [sys.executable, '-m', 'celery', '-A', 'tasks', 'dead-letters', *sys.argv[1:]]\n"
+        "done = subprocess.run(command, stdout=subprocess.DEVNULL)\n"
         "print(done.returncode, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)\n"
     )
 
@@ -189,41 +215,37 @@ def test_ten_thousand_dead_letters_take_no_more_memory_than_ten(fresh: str) -> N
         return int(used)
 
     expire(fresh, 10)
-    few = kibibytes("--dead-letters"), kibibytes("--replay")
+    few = kibibytes("list"), kibibytes("replay")
     celery(fresh, "amqp", "queue.purge", "default").check_returncode()  # nothing expires behind what does not
     expire(fresh, 10_000)
     # Then it needs for 10,000 what it needs for ten, and 10 MiB at most beside
-    assert kibibytes("--dead-letters") < few[0] + 10 * 1024
-    assert kibibytes("--replay") < few[1] + 10 * 1024
-    assert is_empty(fresh, "dead-letters")
+    assert kibibytes("list") < few[0] + 10 * 1024
+    assert kibibytes("replay") < few[1] + 10 * 1024
+    assert depth(fresh, "dead-letters") == 0
     until(lambda: depth(fresh, "default") == 10_000)
 
 
-def test_without_rabbitmq_there_are_none(session_node: Node) -> None:
+def test_without_rabbitmq_there_are_none() -> None:
     started = time.monotonic()
     for variables in ({"CELERY_BROKER_URL": "amqp://ada:secret@127.0.0.1:1//"}, {"RABBITMQ_PORT": "1"}):
-        stopped = drive("--dead-letters", **variables)
-        assert (stopped.returncode, stopped.stdout) == (2, "")
-        assert "no RabbitMQ there" in stopped.stderr
-        assert "secret" not in stopped.stderr
+        stopped = python("-m", "celery", "-A", "tasks", "dead-letters", "list", **variables)
+        assert what_is_wrong(stopped).startswith("Cannot connect to RabbitMQ at amqp://")
     assert time.monotonic() - started < 10
 
 
 @pytest.mark.parametrize("delay", [None, 1])
 def test_a_replayed_dead_letter_reaches_its_caller(worker: Worker, shop: Any, delay: int | None) -> None:
-    # Given a task that fails, at once or after a delay (its first death was in a delay queue, then)
-    import run_tasks  # noqa: PLC0415
-
+    # Given a task that fails, at once or after a delay, so that its first death is in a delay queue
     shipped = shop.ship.apply_async(("lamp", time.time() + 2), countdown=delay)
     with pytest.raises(shop.OutOfStockError):
         shipped.get(timeout=10)
     # When its dead letter is published again, once it can be run
     shipped.forget()
-    time.sleep(2)  # the lamp is back in stock
-    with run_tasks.dead_letter(shipped.id) as letter:
-        known = run_tasks.described(letter)
-        assert (known["reason"], known["queue"]) == ("rejected", "default")
-    assert drive("--replay", shipped.id, CELERY_BROKER_URL=worker.url).stdout == "1 published again\n"
+    time.sleep(2)  # The lamp is back in stock
+    until(lambda: depth(worker.url, "dead-letters") == 1)
+    (letter,) = listed(worker.url)
+    assert (letter["reason"], letter["queue"]) == ("rejected", "default")
+    assert dead_letters(worker.url, "replay", shipped.id).stdout == "1 published again\n"
     # Then its result reaches the caller, and no dead letter is left
     assert shop.app.AsyncResult(shipped.id).get(timeout=10) == "lamp: shipped"
-    assert is_empty(worker.url, "dead-letters")
+    assert depth(worker.url, "dead-letters") == 0

@@ -1,6 +1,6 @@
 """What a browser shows of a run: Flower's tasks, and the management UI of a cluster.
 
-$ tests/run tests/test_browser.py --pictures     and take the README's pictures
+$ tests/run tests/docs/test_browser.py --pictures     and take the README's pictures
 """
 
 import importlib.resources
@@ -17,22 +17,13 @@ from urllib.error import URLError
 from urllib.request import urlopen
 
 import pytest
-from conftest import (
-    PROJECT,
-    Node,
-    Program,
-    Worker,
-    celery,
-    clean_environment,
-    cluster_in,
-    drive,
-    free_port,
-    until,
-)
 from playwright.sync_api import Page, expect, sync_playwright
+from programs import PATHS, PROJECT, celery, drive
 from rich._export_format import CONSOLE_SVG_FORMAT
 from rich.console import Console
 from rich.text import Text
+
+from reliable.testing import Node, Program, Worker, clean_environment, free_port, run_cluster, until
 
 LESSONS = ("hello", "parallel", "retries", "crash")
 
@@ -40,7 +31,7 @@ LESSONS = ("hello", "parallel", "retries", "crash")
 @pytest.fixture(scope="module")
 def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Node]]:
     """Run a cluster of three nodes with the management UI."""
-    with cluster_in(tmp_path_factory.mktemp("cluster"), plugins="[rabbitmq_management].") as nodes:
+    with run_cluster(tmp_path_factory.mktemp("cluster"), plugins="[rabbitmq_management].") as nodes:
         yield nodes
 
 
@@ -71,7 +62,7 @@ class Flower(Program):
 def flower(nodes: list[Node], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Flower]:
     """Run a worker, Flower and some lessons; one more task fails and becomes a dead letter."""
     url, folder = nodes[0].url, tmp_path_factory.mktemp("flower")
-    with Worker(url, folder, "-c8"), Flower(url, folder) as flower:
+    with Worker("tasks", url, folder, "-c8", **PATHS), Flower(url, folder) as flower:
         assert (
             "1 node online" in celery(url, "control", "enable_events").stdout + celery(url, "status").stdout
         )
@@ -179,7 +170,7 @@ def test_a_terminal_shows_the_run(flower: Flower, nodes: list[Node], picture: Ca
     console.print(Text.from_ansi(printed.replace(str(nodes[0].port), "5672")))
     plain = re.sub(r"@font-face.*?\}\}", "", CONSOLE_SVG_FORMAT, flags=re.DOTALL)  # no font from elsewhere
     console.save_svg(str(picture("run.svg")), title=f"$ python {' '.join(command)}", code_format=plain)
-    assert picture("run.svg").read_text().count("passed") == 3
+    assert picture("run.svg").read_text().count("passed") == 4  # Three lessons, and the summary
 
 
 def test_the_diagrams_of_the_readme_can_be_drawn(page: Page) -> None:

@@ -7,7 +7,6 @@ publisher's to repeat: it is counted as refused. `-s` shows what each fault did.
 """
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -19,75 +18,25 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import (
-    PROJECT,
-    Node,
-    Worker,
-    celery,
-    clean_environment,
-    python,
-    take,
-    until,
-)
+from programs import PATHS, celery, python
 
-import celeryconfig
+from reliable.testing import Node, Worker, clean_environment, take, until
 
 TASKS = 1000
 pytestmark = pytest.mark.timeout(400)  # seconds
-
-LEDGER = '''
-import json, os, sys, time
-from kombu.exceptions import OperationalError
-from tasks import app
-
-@app.task
-def note(number):
-    """Take a hundredth of a second, and write a number and the time to the ledger."""
-    time.sleep(0.01)
-    ledger = os.open(os.environ["LEDGER"], os.O_WRONLY | os.O_APPEND | os.O_CREAT)
-    os.write(ledger, b"%d %f\\n" % (number, time.time()))
-    os.close(ledger)
-    return number
-
-@app.task(time_limit=1)
-def hang():
-    """Run over its hard time limit."""
-    time.sleep(60)
-
-@app.task(bind=True)
-def linger(self):
-    """Take a minute, but not when it is delivered again."""
-    if not self.request.delivery_info["redelivered"]:
-        time.sleep(60)
-    return "finished"
-
-if __name__ == "__main__":
-    import ledger
-    results, refused = {}, []
-    for number in range(int(sys.argv[1])):
-        time.sleep(float(sys.argv[2]))
-        try:
-            results[number] = ledger.note.delay(number)
-        except OperationalError as error:
-            refused.append(repr(error))
-        print(len(results), flush=True)
-    wrong = [n for n, result in results.items() if result.get(timeout=120) != n]
-    print(json.dumps({"accepted": list(results), "refused": refused, "wrong": wrong}))
-'''
 
 
 class Shop:
     """A publisher and a worker at work, on a broker and with a ledger of their own."""
 
     def __init__(self, url: str, folder: Path, *arguments: str) -> None:
-        (folder / "ledger.py").write_text(LEDGER)
         self.url, self.folder, self.ledger, self.arguments = url, folder, folder / "ledger", arguments
-        self.variables = {"LEDGER": str(self.ledger), "PYTHONPATH": f"{folder}{os.pathsep}{PROJECT}"}
+        self.variables = {**PATHS, "LEDGER": str(self.ledger)}
 
     def start_worker(self) -> None:
         """Start a worker of four processes; the one before, if any, is left to itself."""
-        arguments = ("-c4", "--include", "ledger", *self.arguments)
-        self.worker = Worker(self.url, self.folder, *arguments, **self.variables)
+        arguments = ("-c4", "--include", "apps.ledger", *self.arguments)
+        self.worker = Worker("tasks", self.url, self.folder, *arguments, **self.variables)
         self.worker.start()
 
     def lines(self) -> list[tuple[int, float]]:
@@ -108,7 +57,8 @@ class Shop:
         until(lambda: len(self.done()) >= number, 120)
 
     def run(self, code: str) -> str:
-        """Run Python code that may import the ledger, and return what it prints."""
+        """Run Python code that uses the ledger, and return what it prints."""
+        code = f"from apps import ledger\n{code}"
         finished = python("-c", code, CELERY_BROKER_URL=self.url, **self.variables)
         assert finished.returncode == 0, finished.stderr
         return finished.stdout
@@ -171,14 +121,13 @@ def tasks_hang(shop: Shop, _nodes: list[Node]) -> None:
     """Put four tasks over their hard time limit between the others: each becomes a dead letter."""
     shop.after(200)
     code = (
-        "import ledger\n"
         "for result in [ledger.hang.delay() for _ in range(4)]:\n"
         "    try: result.get(timeout=60)\n"
         "    except Exception as error: print(type(error).__name__)\n"
     )
     assert shop.run(code).splitlines() == 4 * ["TimeLimitExceeded"]
-    letters = take(shop.url, celeryconfig.dead_letters, 4)
-    assert [letter.headers["task"] for letter in letters] == 4 * ["ledger.hang"]
+    letters = take(shop.url, "dead-letters", 4)
+    assert [letter.headers["task"] for letter in letters] == 4 * ["apps.ledger.hang"]
 
 
 def nothing_happens(shop: Shop, _nodes: list[Node]) -> None:
@@ -269,7 +218,7 @@ def leaders_are_killed(shop: Shop, nodes: list[Node]) -> None:
         dead.start()
         asked = dead
     # The classic queue lived on the first of them; the worker went on without it, and is back at it
-    assert "The queue priority can't be used" in (shop.folder / "worker.log").read_text()
+    assert "The queue priority is out of reach" in (shop.folder / "worker.log").read_text()
     shop.run("import tasks; tasks.serve_customer.delay('Ada').get(timeout=60)")
 
 
@@ -309,7 +258,7 @@ def break_under_load(fault: Fault, shop: Shop, nodes: list[Node], pace: float = 
     """Let a fault happen while a publisher and a worker are at work, and check what is left."""
     # Given a worker and a publisher under load
     shop.start_worker()
-    command = [sys.executable, str(shop.folder / "ledger.py"), str(TASKS), str(pace)]
+    command = [sys.executable, "-m", "apps.ledger", str(TASKS), str(pace)]
     environment = clean_environment(CELERY_BROKER_URL=shop.url, **shop.variables)
     try:
         with (
@@ -367,7 +316,7 @@ def test_a_soft_shutdown_hands_back_what_it_can_not_finish(fresh: str, tmp_path:
     shop.start_worker()
     try:
         with subprocess.Popen(
-            [sys.executable, "-c", "import ledger; print(ledger.linger.delay().get(timeout=60))"],
+            [sys.executable, "-c", "from apps import ledger; print(ledger.linger.delay().get(timeout=60))"],
             env=clean_environment(CELERY_BROKER_URL=fresh, **shop.variables),
             stdout=subprocess.PIPE,
             text=True,

@@ -1,4 +1,4 @@
-"""The README: its commands are run in their order and print what it shows, and it names all that there is."""
+"""The README: its commands run in their order, and print what it shows."""
 
 import os
 import re
@@ -10,28 +10,24 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from celery.app.defaults import SETTING_KEYS
-from conftest import PROJECT, Node, rabbitmq_program, until
+from programs import PROJECT
 from sybil.document import Document
 from sybil.example import Example
 from sybil.parsers.markdown import CodeBlockParser, SkipParser
 
-import celeryconfig
-import run_tasks
-import tasks
+from reliable.testing import Node, rabbitmq_program, until
 
-README = (PROJECT / "README.md").read_text()
 # What differs from run to run: ids, the names of nodes and their machine, ports, times …
 VARIABLE = [
-    (r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", "ID"),
-    (r"\b(celery|driver\d+)@[\w.-]+", "NODE"),
+    (r"\b[0-9a-f]{8}((-[0-9a-f]{4}){3}-[0-9a-f]{12})?\b", "ID"),
+    (r"\b(celery|own[0-9a-f]+)@[\w.-]+", "NODE"),
     (r":\d+//", ":PORT//"),
     (r"\d+(:\d\d)+|\d+\.\d+s", "TIME"),
     (r"-{2,}|\s+", " "),
 ]
 NUMBER = (r"\d[\d,]*(\.\d+)*", "NUMBER")  # … and all numbers, of lessons and logs
 # Programs that go on until Ctrl-C, each in a shell of its own
-GO_ON = ("celery -A tasks worker", "celery -A tasks beat", "celery -A tasks flower")
+GO_ON = ("celery -A tasks worker", "celery -A tasks beat", "celery -A tasks flower", "celery -A work worker")
 END = "=== end of a command:"
 
 
@@ -82,8 +78,8 @@ class Shell:
         return lines[: -1 if not lines[-1] else None], int(line.removeprefix(END))
 
     def leave_running(self, program: str, command: str, shown: list[str]) -> None:
-        """Start what goes on, in the place of such a program that runs; wait until it prints that."""
-        self.stop(program)
+        """Start what goes on, instead of what runs; wait until it prints what is shown."""
+        self.stop(*self.others if "-A tasks" not in command else [program])
         log = self.folder.parent / f"{time.monotonic_ns()}.log"
         with log.open("w") as output:
             self.others[program] = subprocess.Popen(
@@ -97,9 +93,9 @@ class Shell:
         expected = [pattern(line, program) for line in shown] or ["ready."] * ("worker" in program)
         until(lambda: all(line in pattern(log.read_text(), program) for line in expected))
 
-    def stop(self, program: str) -> None:
-        """Stop such a program, if one runs."""
-        if running := self.others.pop(program, None):
+    def stop(self, *programs: str) -> None:
+        """Stop such programs, if they run."""
+        for running in [self.others.pop(program) for program in programs if program in self.others]:
             os.killpg(running.pid, signal.SIGTERM)  # SIGINT may be ignored, under nohup
             running.wait(timeout=60)
 
@@ -158,8 +154,7 @@ def shell(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shell]:
     with Node(folder / "node") as node:
         shell = Shell(folder / "a clean copy", node)
         yield shell
-        for program in list(shell.others):
-            shell.stop(program)
+        shell.stop(*shell.others)
         shell.first.kill()
         shell.first.communicate()
 
@@ -169,42 +164,3 @@ def shell(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shell]:
 def test_each_block_does_what_it_shows(example: Example, shell: Shell) -> None:
     example.namespace["shell"] = shell
     example.evaluate()
-
-
-def test_it_names_all_that_there_is() -> None:
-    profiles = re.findall(r"profiles: \[(\w+)\]", (PROJECT / "docker-compose.yml").read_text())
-    variables = re.findall(r"^#(\w+)=", (PROJECT / ".env.example").read_text(), re.MULTILINE)
-    settings = [name for name in vars(celeryconfig) if name in SETTING_KEYS]
-    there = [
-        *(f"\n### {name}: " for name in run_tasks.LESSONS),
-        *(f"\n$ python run_tasks.py {name}\n" for name in run_tasks.LESSONS if name != "words"),
-        "\n$ python run_tasks.py words ",
-        *(f"--profile {name}" for name in profiles),
-        *(f"`{name}`" for name in [*variables, *settings]),
-        *(name.removeprefix("tasks.") for name in tasks.app.tasks if name.startswith("tasks.")),
-        *(option for parameter in run_tasks.cli.params for option in parameter.opts if option[0] == "-"),
-    ]
-    assert settings
-    assert [name for name in there if name not in README] == []
-
-
-def test_it_names_nothing_that_is_not_there() -> None:
-    words = set(re.findall(r"[\w.-]+", README))
-    lessons = {name for line in re.findall(r"run_tasks\.py ([a-z ]+)", README) for name in line.split()}
-    variables = {word for word in words if re.fullmatch(r"(RABBITMQ|CELERY|FLOWER)_[A-Z_]+", word)}
-    prefixes = ("task", "worker", "broker", "result", "beat", "control")
-    settings = {word for word in words if re.fullmatch(rf"({'|'.join(prefixes)})_[a-z_]+", word)}
-    settings -= {name.removeprefix("tasks.") for name in tasks.app.tasks}  # worker_name
-    example = (PROJECT / ".env.example").read_text()
-    compose = (PROJECT / "docker-compose.yml").read_text()
-    assert {name for name in lessons if name not in run_tasks.LESSONS} == set()
-    assert {name for name in variables if f"#{name}=" not in example} == set()
-    assert {name for name in settings if name not in SETTING_KEYS} == set()
-    its_own = {f"tasks.{name}" for name in re.findall(r"^> def (\w+)", README, re.MULTILINE)}
-    named = {word for word in words if re.fullmatch(r"tasks\.[a-z_]+", word)}
-    assert named - its_own - {"tasks.py", *tasks.app.tasks} == set()
-    assert {name for name in re.findall(r"--profile (\w+)", README) if f"[{name}]" not in compose} == set()
-    for name in re.findall(r"`(test_\w+)`", README):
-        assert any(f"def {name}(" in path.read_text() for path in (PROJECT / "tests").glob("test_*.py"))
-    for name in re.findall(r"\]\(([\w./-]+)\)", README):
-        assert (PROJECT / name).exists(), name

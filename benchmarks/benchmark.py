@@ -1,7 +1,7 @@
 """The benchmark: this project beside what people would use instead, on one RabbitMQ, in one run.
 
     $ pip install -e '.[bench]'
-    $ python tests/benchmark.py
+    $ python benchmarks/benchmark.py
 
 It starts a RabbitMQ of its own (rabbitmq-server must be on PATH), or uses one that is given, in virtual
 hosts that it makes and deletes: `--url amqp://guest:guest@127.0.0.1//`. `--rabbitmqctl` is the command
@@ -38,9 +38,10 @@ import psutil
 from kombu import Connection, Queue
 
 HERE = Path(__file__).parent
-sys.path.append(str(HERE / "contenders"))
-from conftest import PROJECT, Node, clean_environment  # noqa: E402  (it is beside this file)
+PROJECT = HERE.parent
+sys.path += [str(PROJECT), str(HERE / "contenders")]
 
+from reliable.testing import Node, clean_environment  # noqa: E402
 from run_tasks import table  # noqa: E402
 
 

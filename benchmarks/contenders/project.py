@@ -8,19 +8,17 @@ from typing import Any
 from celery.worker.consumer import Consumer
 from work import mark, mark_slowly
 
-import celeryconfig
-import tasks
-from tasks import app, publish_in_bulk
+from reliable import worker
+from tasks import app
 
 settings = json.loads(os.environ["BENCHMARK_SETTINGS"])
 if settings.pop("classic", False):
-    for queue in celeryconfig.task_queues:
+    for queue in app.conf.task_queues:
         queue.queue_arguments = {}
-    tasks.QUORUM.clear()
 if settings.pop("unconfirmed", False):
     app.conf.broker_transport_options |= {"confirm_publish": False}
 if settings.pop("ungrouped", False):
-    tasks.SafeConsumer.call_soon_ack = Consumer.call_soon_ack  # type: ignore[method-assign]
+    worker.Consumer.call_soon_ack = Consumer.call_soon_ack  # type: ignore[method-assign]
 app.conf.update(settings)
 
 WORKER = ("-m", "celery", "-A", "tasks", "worker", "-c2", "-lerror", "--include", "project")
@@ -38,7 +36,7 @@ def publish(number: int, payload: str) -> None:
 
 def publish_bulk(number: int, payload: str) -> None:
     """Publish tasks with a thousand confirms under way."""
-    publish_in_bulk(note.s(payload) for _ in range(number))
+    app.publish_in_bulk(note.s(payload) for _ in range(number))
 
 
 def publish_unconfirmed(number: int, payload: str) -> None:
@@ -51,20 +49,20 @@ def publish_unconfirmed(number: int, payload: str) -> None:
 
 def publish_slow(number: int) -> None:
     """Publish tasks of 20 ms, which know their number."""
-    publish_in_bulk(note_slowly.s(one) for one in range(number))
+    app.publish_in_bulk(note_slowly.s(one) for one in range(number))
 
 
 def publish_items(number: int) -> None:
     """Publish tiny items, a thousand in a message."""
     chunks: Any = note.chunks((("x",) for _ in range(number)), 1000)
-    publish_in_bulk(chunk.set(ignore_result=True) for chunk in chunks.group().tasks)
+    app.publish_in_bulk(chunk.set(ignore_result=True) for chunk in chunks.group().tasks)
 
 
 def collect(number: int, payload: str) -> None:
     """Publish tasks and wait for their results."""
     calls = [answer.s(payload) for _ in range(number)]
     results = [call.freeze() for call in calls]
-    publish_in_bulk(calls)
+    app.publish_in_bulk(calls)
     assert sum(result.get(timeout=60) for result in results) == number * len(payload)
 
 

@@ -1,0 +1,86 @@
+"""Tasks that fail in odd ways."""
+
+import os
+import signal
+import sys
+import time
+from typing import Any
+
+from celery.signals import task_postrun
+from celery.worker.control import inspect_command
+
+from reliable import Task
+from tasks import app
+
+
+@inspect_command()
+def timers(state: Any) -> int:
+    """Return how many timers the worker has."""
+    return len(state.consumer.timer)
+
+
+@app.task
+def size(text: str) -> int:
+    """Return the length of a text."""
+    return len(text)
+
+
+@app.task
+def text(characters: int) -> str:
+    """Return a text of this length."""
+    return "x" * characters
+
+
+@app.task
+def unserialisable() -> object:
+    """Return what is not JSON."""
+    return object()
+
+
+@app.task
+def out_of_memory() -> None:
+    """Raise MemoryError."""
+    raise MemoryError("no more of it")
+
+
+@app.task
+def lose_a_connection() -> None:
+    """Raise an error of the task's own, as of a web service that is down."""
+    raise ConnectionError("the bank is away")
+
+
+@app.task
+def wait(seconds: float) -> float:
+    """Take so many seconds."""
+    print("started", file=sys.stderr)
+    time.sleep(seconds)
+    return seconds
+
+
+@app.task(time_limit=2)
+def wait_with_a_limit(seconds: float) -> float:
+    """Take so many seconds, within a limit."""
+    return float(wait(seconds))
+
+
+@app.task(time_limit=3600)
+def wait_long() -> str:
+    """Have a limit above the global one."""
+    return "done"
+
+
+@app.task(bind=True)
+def retry_soon(self: Task) -> int:
+    """Retry after half a second."""
+    if not self.request.retries:
+        raise self.retry(countdown=0.5)
+    return int(self.request.retries)
+
+
+@task_postrun.connect
+def die(task: Task, retval: Any, **_: Any) -> None:
+    """Kill the process after the payment, and before its acknowledgement, in the first attempt."""
+    if task.name == "tasks.charge_card":
+        print(f"charge_card: {retval}", file=sys.stderr)
+        if not task.request.retries:
+            os.kill(os.getpid(), signal.SIGKILL)

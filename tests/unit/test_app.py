@@ -1,0 +1,91 @@
+"""The app: its settings, and that it changes nothing for others in the process."""
+
+import pickle
+
+import pytest
+from celery.app.defaults import DEFAULTS
+from programs import python
+
+from reliable import Celery
+from reliable.settings import SETTINGS
+from reliable.topology import work_queue
+
+
+def test_each_setting_differs_from_celerys_default() -> None:
+    same = {name for name, value in SETTINGS.items() if DEFAULTS.get(name) == value}
+    assert not same
+
+
+def test_no_task_outlasts_the_acknowledgement_time_out() -> None:
+    # RabbitMQ waits for 30 minutes. A task that is reserved may wait for one that runs
+    assert 2 * SETTINGS["task_time_limit"] < 30 * 60
+
+
+def test_the_settings_of_an_app_override_those_of_the_package() -> None:
+    app = Celery("one", set_as_current=False)
+    app.config_from_object({"task_time_limit": 7200})
+    assert app.conf.task_time_limit == 7200
+    assert app.conf.task_acks_late
+    app.conf.task_acks_late = False
+    assert not app.conf.task_acks_late
+
+
+def test_two_apps_have_settings_and_tasks_of_their_own() -> None:
+    one, other = (Celery(name, set_as_current=False) for name in ("one", "other"))
+    one.conf.task_time_limit = 60
+    one.conf.broker_transport_options["confirm_publish"] = False
+    one.conf.task_queues.append(work_queue("slow"))
+    one.topology_is_declared = True
+    assert other.conf.task_time_limit == SETTINGS["task_time_limit"]
+    assert other.conf.broker_transport_options["confirm_publish"]
+    assert list(other.amqp.queues) == ["default"]
+    assert not other.topology_is_declared
+    assert one.oid != other.oid
+
+
+def test_an_app_can_be_pickled() -> None:
+    app = Celery("one", set_as_current=False)
+    app.conf.task_time_limit = 60
+    copy = pickle.loads(pickle.dumps(app))  # noqa: S301  (it is our own)
+    assert type(copy) is Celery
+    assert (copy.conf.task_time_limit, copy.conf.task_acks_late) == (60, True)
+
+
+def test_a_queue_name_with_a_dot_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        work_queue("mail.low")
+    what, fix = capsys.readouterr().err.splitlines()
+    assert "'mail.low'" in what
+    assert fix.startswith("Fix: ")
+
+
+def test_tasks_run_eagerly_without_rabbitmq() -> None:
+    app = Celery("one", broker="amqp://127.0.0.1:1//", set_as_current=False)
+    app.conf.task_always_eager = True
+
+    @app.task
+    def add(x: int, y: int) -> int:
+        return x + y
+
+    assert add.delay(2, 2).get() == 4
+
+
+def test_other_apps_in_the_process_are_as_they_were() -> None:
+    code = (
+        "import kombu.compression, kombu.transport, celery, json\n"
+        "def seen():\n"
+        "    app = celery.Celery('other', broker='memory://')\n"
+        "    packed = kombu.compression.compress('x' * 2**25, 'zlib')\n"
+        "    return [kombu.compression.decompress(*packed) == b'x' * 2**25,\n"
+        "        sorted(kombu.compression.encoders()), dict(kombu.transport.TRANSPORT_ALIASES),\n"
+        "        app.conf.task_acks_late, app.Task.Request, app.amqp.Consumer.__module__,\n"
+        "        app.loader.override_backends]\n"
+        "kombu.compression.register(bytes.lower, bytes.upper, 'application/zstd', ['zstd'])\n"
+        "before = seen()\n"
+        "import reliable, reliable.worker, reliable.results, reliable.dead_letters\n"
+        "reliable.Celery('ours').conf.task_acks_late\n"
+        "assert kombu.compression.decompress(b'x', 'application/zstd') == b'X'\n"
+        "print(seen() == before)"
+    )
+    finished = python("-c", code)
+    assert finished.stdout == "True\n", finished.stderr
