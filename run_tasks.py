@@ -542,10 +542,10 @@ def exit_on_signal(number: int, _frame: object) -> None:
 
 def main() -> None:
     """Run the command line. What is wrong around the lessons is told in two lines."""
-    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-        number = getattr(signal, name, None)  # Windows has no SIGHUP
-        if number and signal.getsignal(number) != signal.SIG_IGN:  # As under nohup
-            signal.signal(number, exit_on_signal)
+    signal.signal(signal.SIGINT, exit_on_signal)
+    signal.signal(signal.SIGTERM, exit_on_signal)
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # As under nohup
+        signal.signal(signal.SIGHUP, exit_on_signal)
     try:
         sys.exit(cli(standalone_mode=False))
     except click.ClickException as error:
