@@ -123,8 +123,19 @@ def own_worker(app: celery.Celery, concurrency: int = 8) -> Iterator[str]:
         "-n",
         name,
     ]
+    handlers: dict[signal.Signals, Any] = {}  # The program's own, by the number of the signal
+
+    def end_worker(number: int, frame: object) -> None:
+        """Kill the worker before the program's own handler ends the program."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        handlers[signal.Signals(number)](number, frame)
+
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+        for taken in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if callable(signal.getsignal(taken)):
+                handlers[taken] = signal.signal(taken, end_worker)
         try:
             deadline = time.monotonic() + START_TIMEOUT
             while not app.control.inspect([name], timeout=0.5, limit=1).ping():
@@ -140,6 +151,8 @@ def own_worker(app: celery.Celery, concurrency: int = 8) -> Iterator[str]:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
+            for taken, handler in handlers.items():
+                signal.signal(taken, handler)
 
 
 def start_embedded(app: celery.Celery, concurrency: int = 8) -> None:
