@@ -287,7 +287,9 @@ def routing(run: Run) -> Rows:
         {"routing key": key, "taken by": ", ".join(names) or "none"} for key, names in taken.items()
     ]
     names = list(run.workers)
-    answers = app.control.broadcast("reload_prices", destination=names, limit=len(names), reply=True)
+    # It waits for as many answers as there are nodes, or for five seconds
+    wanted = {"destination": names, "limit": len(names), "timeout": 5}
+    answers = app.control.broadcast("reload_prices", reply=True, **wanted)
     expect(len(answers) == len(names), f"an answer of {names}", answers)
     return [
         *rows,
