@@ -6,7 +6,6 @@ Each lesson checks its own claim, and fails if the claim does not hold.
 """
 
 import contextlib
-import difflib
 import json
 import math
 import os
@@ -32,15 +31,18 @@ from kombu.exceptions import OperationalError
 
 import tasks
 from reliable import local
-from reliable.dead_letters import DeadLetter, read
+from reliable.dead_letters import wait_for
 from reliable.errors import describe_error, exit_now
 from reliable.local import Run
+from reliable.own_worker import own_worker
 from tasks import app
 
 HERE = Path(__file__).parent
 TIMEOUT = 30  # How long a lesson waits for one answer, in seconds
 MESSAGE_SIZE = 16_000  # How long a text in a message may be, in characters
+MESSAGES = re.compile(rf"(?s).{{1,{MESSAGE_SIZE}}}(?!\w)|.{{1,{MESSAGE_SIZE}}}")
 NO_CHORD = "not with rpc://: set CELERY_RESULT_BACKEND=file:///some/folder"
+BROKER_ERRORS = (OperationalError, AMQPError, OSError, NoAnswer)
 Rows = list[dict[str, Any]]
 
 
@@ -79,22 +81,19 @@ def expect(holds: bool, claim: str, got: object) -> None:
         raise ClaimError(f"expected {claim}, got {got!s:.300}")
 
 
-def collect(results: Iterable[AsyncResult], label: str = "") -> list[Any]:
-    """Wait for results, and return their values. With a label, show a progress bar on a terminal.
+def collect(results: Iterable[AsyncResult]) -> list[Any]:
+    """Wait for results, and return their values.
 
     Raises:
         ClaimError: a task failed, whatever its error. Other errors are of the connection to RabbitMQ.
         celery.exceptions.TimeoutError: no worker answered.
     """
-    results = list(results)
-    hidden = not label or not sys.stderr.isatty()
-    with click.progressbar(
-        results, label=f"  {label}", file=sys.stderr, hidden=hidden, show_eta=False
-    ) as waiting:
-        for result in waiting:
-            result.get(timeout=TIMEOUT, propagate=False)
-            expect(result.successful(), "a result", repr(result.result))
-    return [result.result for result in results]
+    values = []
+    for result in results:
+        value = result.get(timeout=TIMEOUT, propagate=False)
+        expect(result.successful(), "a result", repr(value))
+        values.append(value)
+    return values
 
 
 def watch(result: AsyncResult) -> list[tuple[float, str, Any]]:
@@ -114,20 +113,6 @@ def error_of(result: AsyncResult) -> dict[str, str]:
     result.get(timeout=TIMEOUT, propagate=False)
     expect(isinstance(result.result, Exception), "an error", result.result)
     return {"error": type(result.result).__name__, "message": str(result.result)}
-
-
-@contextlib.contextmanager
-def dead_letter(task_id: str) -> Iterator[DeadLetter]:
-    """Wait for the dead letter of a task."""
-    deadline = time.monotonic() + TIMEOUT
-    while time.monotonic() < deadline:
-        with app.connection_for_write() as connection, connection.channel() as channel:
-            for letter in read(app, channel):
-                if letter.id == task_id:
-                    yield letter
-                    return
-        time.sleep(0.05)  # It is on its way
-    raise ClaimError(f"expected a dead letter of task {task_id}, got none")
 
 
 # --- The lessons --------------------------------------------------------------------------------
@@ -165,22 +150,25 @@ def parallel(run: Run) -> str:
 
 @lesson("RabbitMQ")
 def nodes(run: Run) -> Rows:
-    """Several worker nodes share the work."""
-    with local.own_worker(app) if len(run.workers) == 1 else contextlib.nullcontext() as second:
-        names = [*run.workers, *([second] if second else [])]
+    """Several worker nodes share the work, and a broadcast reaches each."""
+    with contextlib.ExitStack() as stack:
+        second = stack.enter_context(own_worker(app)) if len(run.workers) == 1 else {}
+        names = [*run.workers, *second]
         before = local.find_workers(app, *names)
-        collect([tasks.send_email.delay("all@example.com", 0.1) for _ in range(16 * len(names))], "e-mails")
+        collect([tasks.send_email.delay("all@example.com", 0.1) for _ in range(16 * len(names))])
         after = local.find_workers(app, *names)
+        answers = app.control.broadcast("reload_prices", names, reply=True, timeout=5, limit=len(names))
+    said = {name: answer["ok"] for reply in answers for name, answer in reply.items()}
     rows = [
         {
             "node": name,
-            "pool": node["pool"]["implementation"].split(".")[2].partition(":")[0],
             "processes": node["pool"]["max-concurrency"],
             "e-mails": sum(node["total"].values()) - sum(before[name]["total"].values()),
+            "broadcast": said.get(name),
         }
         for name, node in sorted(after.items())
     ]
-    expect(all(row["e-mails"] for row in rows), "e-mails sent by each node", rows)
+    expect(all(row["e-mails"] and row["broadcast"] for row in rows), "e-mails and an answer of each", rows)
     return rows
 
 
@@ -191,7 +179,7 @@ def schedule(run: Run) -> Rows:
     countdown = tasks.remind.apply_async(("Ada",), countdown=1)
     eta = tasks.remind.apply_async(("Ada",), eta=app.now() + timedelta(seconds=2))
     expired = tasks.remind.apply_async(("Ada",), countdown=2, expires=1)
-    ran = [at - started for at in collect([countdown, eta], "2 reminders")]
+    ran = [at - started for at in collect([countdown, eta])]
     late = [ran[0] - 1, ran[1] - 2]
     expect(all(0 <= seconds < 1.5 for seconds in late), "both on time", f"{late} s late")
     never = error_of(expired)
@@ -233,9 +221,9 @@ def failures(run: Run) -> Rows:
     limits = {"soft": tasks.draw_label.delay(5), "hard": tasks.draw_stubborn_label.delay(5)}
     for limit, late in limits.items():
         rows += [{"failure": f"the {limit} time limit", **error_of(late)}]
-        with dead_letter(late.id) as letter:
+        with wait_for(app, late.id) as letter:
             letter.delete()
-    with dead_letter(shipped.id) as letter:
+    with wait_for(app, shipped.id) as letter:
         shipped.forget()  # The error, since the next result is that of the replay
         letter.replay()
     (value,) = collect([app.AsyncResult(shipped.id)])
@@ -252,7 +240,7 @@ def priorities(run: Run) -> Rows:
         tasks.send_email.apply_async(("slow@example.com", seconds), queue="priority", ignore_result=True)
     customers = [("customer", 0)] * backlog + [("urgent customer", 9)] * 4
     results = [tasks.serve_customer.apply_async((name,), priority=value) for name, value in customers]
-    done = collect(results, f"{backlog} customers, then 4 urgent ones")
+    done = collect(results)
     rows: Rows = []
     for place, at in enumerate(done[backlog:], backlog + 1):
         overtook = sum(other > at for other in done[:backlog])
@@ -274,27 +262,15 @@ def routing(run: Run) -> Rows:
             name: Queue(f"{name}-{os.getpid()}", shop, pattern, exclusive=True, durable=False)(channel)
             for name, pattern in patterns.items()
         }
-        for queue in queues.values():
-            queue.declare()
+        producer = app.amqp.Producer(channel)
         for key in keys:
-            app.amqp.Producer(channel).publish({"event": key}, exchange=shop, routing_key=key)
+            producer.publish({"event": key}, exchange=shop, routing_key=key, declare=queues.values())
         for name, queue in queues.items():
             while message := queue.get(no_ack=True):
                 taken[message.payload["event"]].append(f"{name} ({patterns[name]})")
     copies = [len(names) for names in taken.values()]
     expect(copies == [2, 1, 1, 1, 0], "2, 1, 1, 1 and 0 copies", taken)
-    rows: Rows = [
-        {"routing key": key, "taken by": ", ".join(names) or "none"} for key, names in taken.items()
-    ]
-    names = list(run.workers)
-    # It waits for as many answers as there are nodes, or for five seconds
-    wanted = {"destination": names, "limit": len(names), "timeout": 5}
-    answers = app.control.broadcast("reload_prices", reply=True, **wanted)
-    expect(len(answers) == len(names), f"an answer of {names}", answers)
-    return [
-        *rows,
-        *({"broadcast": name, "answer": says["ok"]} for answer in answers for name, says in answer.items()),
-    ]
+    return [{"routing key": key, "taken by": ", ".join(names) or "none"} for key, names in taken.items()]
 
 
 @lesson("RabbitMQ", "worker processes", "rpc:// results")
@@ -311,47 +287,35 @@ def crash(run: Run) -> Rows:
 def words(run: Run, *paths: Path) -> Rows:
     """A large input is cut into messages that many workers process."""
     counted: Counter[str] = Counter()
-    sent, skipped = 0, dict[str, str]()
-    texts = cut(text_files(paths or [HERE / "README.md", *sorted(HERE.glob("*.py"))]), skipped)
+    sent, skipped = 0, list[str]()
+    texts = cut(paths or [HERE / "README.md", *sorted(HERE.glob("*.py"))], skipped)
     while batch := list(islice(texts, 32)):  # No more than these are in RabbitMQ at a time
-        for counts in collect(tasks.count_words.delay(text) for text in batch):
+        for counts in collect([tasks.count_words.delay(text) for text in batch]):
             counted.update(counts)
         sent += len(batch)
     expect(bool(counted), "words", f"none, skipped: {skipped}")
     rows: Rows = [{"word": word, "count": count} for word, count in counted.most_common(5)]
     rows += [{"words": counted.total(), "messages": sent, "files skipped": len(skipped)}]
-    return rows + [{"skipped": path, "why": why} for path, why in islice(skipped.items(), 10)]
+    return rows + [{"skipped, since it cannot be read as text": file} for file in skipped[:10]]
 
 
-def text_files(paths: Iterable[Path]) -> Iterator[Path]:
-    """Yield the files that are named, and those in the folders that are named, except hidden ones."""
+def cut(paths: Iterable[Path], skipped: list[str]) -> Iterator[str]:
+    """Yield the text of files and folders in messages, cut between words. Note what is skipped."""
+    rest = ""
     for path in paths:
         for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
-            hidden = any(part.startswith(".") for part in file.relative_to(path).parts)
-            if not (hidden or file.is_dir()):
-                yield file
-
-
-def cut(files: Iterable[Path], skipped: dict[str, str]) -> Iterator[str]:
-    """Yield the text of all files in messages of limited length, cut between words. Note what is skipped."""
-    message = ""
-    for file in files:
-        try:
-            content = file.read_bytes()
-        except OSError as error:
-            skipped[str(file)] = str(error.strerror)
-            continue
-        if b"\0" in content:
-            skipped[str(file)] = "binary"
-            continue
-        pieces = rf"(?s).{{1,{MESSAGE_SIZE}}}(?!\w)|.{{1,{MESSAGE_SIZE}}}"
-        for piece in re.findall(pieces, content.decode(errors="replace") + "\n"):
-            if len(message) + len(piece) > MESSAGE_SIZE:
-                yield message
-                message = ""
-            message += piece
-    if message.strip():
-        yield message
+            is_hidden = any(part.startswith(".") for part in file.relative_to(path).parts)
+            if is_hidden or file.is_dir():
+                continue
+            try:
+                content = file.read_text(encoding="utf-8")
+            except (OSError, UnicodeDecodeError):
+                skipped.append(str(file))
+                continue
+            *full, rest = MESSAGES.findall(rest + content + "\n")
+            yield from full
+    if rest.strip():
+        yield rest
 
 
 @lesson()
@@ -394,7 +358,7 @@ def bulk(run: Run) -> Rows:
     started = time.perf_counter()
     chunks = tasks.check_price.chunks(((item,) for item in range(10_000)), 100).apply_async()
     in_chunks = 10_000 / (time.perf_counter() - started)
-    right = sum(map(sum, collect(chunks, "100 messages of 100 items")))
+    right = sum(map(sum, collect(chunks)))
     expect(right == 10_000, "10000 results of the chunks", right)
     return [
         {"way": "one by one", "messages": 200, "items": 200, "items/s": round(one_by_one)},
@@ -410,7 +374,7 @@ def poison(run: Run) -> Rows:
     states = watch(result)
     crashes = [state for _, state, _ in states].count("PRINTING")
     expect(crashes == 1 + tasks.print_label.max_retries, "one crash, and one for each retry", states)
-    with dead_letter(result.id) as letter:
+    with wait_for(app, result.id) as letter:
         letter.delete()
     error = error_of(result)["error"]
     return [{"crashes": crashes, "after, s": states[-1][0], "error": error, "dead letter": letter.reason}]
@@ -426,34 +390,32 @@ def table(rows: Rows) -> Iterator[str]:
             yield "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
 
 
-def run_lesson(name: str, run: Run, paths: list[Path]) -> dict[str, Any]:
+def run_lesson(name: str, run: Run, paths: Iterable[Path]) -> dict[str, Any]:
     """Run a lesson, and return what came of it. Errors of RabbitMQ are raised."""
     function, needs = LESSONS[name]
-    outcome: dict[str, Any] = {"lesson": name, "status": "passed", "reason": "", "result": []}
-    started = time.perf_counter()
+    result: Rows | str = []
+    started, status, reason = time.perf_counter(), "passed", ""
     if missing := [need for need in needs if fix_for(need, run)]:
-        outcome |= {"status": "skipped", "reason": f"needs {missing[0]}"}
+        status, reason = "skipped", f"needs {missing[0]}"
     else:
         try:
-            outcome["result"] = function(run, *(paths if name == "words" else ()))
-        except (OperationalError, AMQPError, OSError, NoAnswer):
+            result = function(run, *paths) if name == "words" else function(run)
+        except BROKER_ERRORS:
             raise
         except Exception as error:  # noqa: BLE001  (the other lessons run all the same)
-            reason = str(error) if isinstance(error, ClaimError) else repr(error)
-            outcome |= {"status": "failed", "reason": reason}
-    return outcome | {"seconds": round(time.perf_counter() - started, 2)}
+            status, reason = "failed", str(error) if isinstance(error, ClaimError) else repr(error)
+    seconds = round(time.perf_counter() - started, 2)
+    return {"lesson": name, "status": status, "reason": reason, "result": result, "seconds": seconds}
 
 
 def show(outcome: dict[str, Any]) -> None:
     """Print what came of a lesson."""
-    result = outcome["result"]
+    result, status = outcome["result"], outcome["status"]
     for line in [result] if isinstance(result, str) else table(result):
         click.echo(f"  {line}")
-    status = click.style(
-        outcome["status"], fg={"passed": "green", "skipped": "yellow"}.get(outcome["status"], "red")
-    )
+    colour = {"passed": "green", "skipped": "yellow", "failed": "red"}[status]
     reason = f": {outcome['reason']}" if outcome["reason"] else ""
-    click.echo(f"  {status}{reason} ({outcome['seconds']:.1f} s)")
+    click.echo(f"  {click.style(status, fg=colour)}{reason} ({outcome['seconds']:.1f} s)")
 
 
 def summarize(outcomes: list[dict[str, Any]], run: Run) -> str:
@@ -463,30 +425,9 @@ def summarize(outcomes: list[dict[str, Any]], run: Run) -> str:
     text = ", ".join(f"{number} {status}" for status, number in counts.items()) + f" in {seconds:.0f} s."
     skipped = [outcome["lesson"] for outcome in outcomes if outcome["status"] == "skipped"]
     if skipped:
-        fix = next(fix for need in LESSONS[skipped[0]][1] if (fix := fix_for(need, run)))
-        names = ", ".join(skipped[:-1]) + " and " + skipped[-1] if skipped[1:] else skipped[0]
-        text += f" To run {names}: {fix}"
+        fix = next(filter(None, (fix_for(need, run) for need in LESSONS[skipped[0]][1])))
+        text += f" To run {' and '.join(filter(None, [', '.join(skipped[:-1]), skipped[-1]]))}: {fix}"
     return text
-
-
-def parse_arguments(arguments: Iterable[str]) -> tuple[list[str], list[Path]]:
-    """Return the lessons, and the paths after `words`. Exit if an argument is neither."""
-    names: list[str] = []
-    paths: list[Path] = []
-    for argument in arguments:
-        if argument in LESSONS:
-            names.append(argument)
-        elif "words" in names and os.path.lexists(argument):
-            paths.append(Path(argument))
-        elif "words" in names:
-            exit_now(
-                f"There is no file or folder {argument!r}", f"name one that exists, as seen from {Path.cwd()}"
-            )
-        else:
-            near = difflib.get_close_matches(argument, LESSONS, n=1)
-            fix = f"python run_tasks.py {near[0]}" if near else "python run_tasks.py --list"
-            exit_now(f"There is no lesson {argument!r}", fix)
-    return names or [name for name in LESSONS if name != "poison"], paths
 
 
 def list_lessons() -> None:
@@ -496,39 +437,36 @@ def list_lessons() -> None:
     click.echo("* needs RabbitMQ")
 
 
+PATH = click.Path(exists=True, path_type=Path)
 EXAMPLES = """\b
 Examples:
-  python run_tasks.py                    all lessons but poison, which takes longer
-  python run_tasks.py retries crash      these two
-  python run_tasks.py words README.md    count the words of your own files and folders
+  python run_tasks.py                       all lessons but poison, which takes longer
+  python run_tasks.py retries crash         these two
+  python run_tasks.py words --path FOLDER   count the words of your own files
 """
 
 
 @click.command(epilog=EXAMPLES)
-@click.argument("arguments", nargs=-1, metavar="[LESSON | words [PATH]...]...")
+@click.argument("names", nargs=-1, metavar="[LESSON]...", type=click.Choice(list(LESSONS)))
+@click.option("--path", "paths", multiple=True, type=PATH, help="A file or folder for the lesson words.")
 @click.option("--list", "as_list", is_flag=True, help="List the lessons.")
 @click.option("--embedded", is_flag=True, help="Run without RabbitMQ, inside this process.")
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON object for each lesson.")
-@click.pass_context
-def cli(
-    context: click.Context, arguments: tuple[str, ...], as_list: bool, embedded: bool, as_json: bool
-) -> int:
+def cli(names: tuple[str, ...], paths: tuple[Path, ...], as_list: bool, embedded: bool, as_json: bool) -> int:
     """Run lessons on the RabbitMQ of .env and the workers that answer there.
 
     If no worker answers, one is started. If there is no RabbitMQ, both run inside this process.
 
     Exit status: 0; 1 if a lesson failed; 2 if something around the lessons is wrong.
     """
-    context.color = False if os.environ.get("NO_COLOR") else None
     if as_list:
         list_lessons()
         return 0
-    names, paths = parse_arguments(arguments)
     outcomes = []
     app.backend.as_uri()  # A wrong CELERY_RESULT_BACKEND is reported before anything starts
     with local.find_or_start(app, embedded) as run:
         click.echo(run.description, err=as_json)
-        for name in names:
+        for name in names or [name for name in LESSONS if name != "poison"]:
             if not as_json:
                 click.echo(f"\n{click.style(name, bold=True)}: {LESSONS[name][0].__doc__}")
             outcomes.append(outcome := run_lesson(name, run, paths))
@@ -537,30 +475,17 @@ def cli(
     return int(any(outcome["status"] == "failed" for outcome in outcomes))
 
 
-def exit_on_signal(number: int, _frame: object) -> None:
-    """End the run at once. An exception could meet a connection in the middle of a message, and hang."""
-    if sys.stderr.isatty():
-        os.write(2, b"\x1b[?25h\n")  # The cursor, which a progress bar hides
-    os._exit(128 + number)
-
-
 def main() -> None:
     """Run the command line. What is wrong around the lessons is told in two lines."""
-    signal.signal(signal.SIGINT, exit_on_signal)
-    signal.signal(signal.SIGTERM, exit_on_signal)
-    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # As under nohup
-        signal.signal(signal.SIGHUP, exit_on_signal)
+    # Ctrl-C ends the run at once. As an exception it could meet a connection in the middle of a message.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
-        sys.exit(cli(standalone_mode=False))
+        sys.exit(cli(standalone_mode=False, color=False if os.environ.get("NO_COLOR") else None))
     except click.ClickException as error:
         exit_now(error.format_message(), "python run_tasks.py --help")
     except NoAnswer:
-        exit_now(
-            f"No worker answered within {TIMEOUT} s", "celery -A tasks inspect active_queues; read its log"
-        )
-    except (ImproperlyConfigured, ImportError) as error:
-        exit_now(f"A setting is wrong: {' '.join(str(error).split())}", "correct .env as .env.example shows")
-    except (OperationalError, AMQPError, OSError) as error:
+        exit_now(f"No worker answered in {TIMEOUT} s", "celery -A tasks inspect active_queues; read its log")
+    except (ImproperlyConfigured, ImportError, *BROKER_ERRORS) as error:
         exit_now(*describe_error(error))
 
 

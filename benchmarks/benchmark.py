@@ -41,7 +41,7 @@ HERE = Path(__file__).parent
 PROJECT = HERE.parent
 sys.path += [str(PROJECT), str(HERE / "contenders")]
 
-from reliable.testing import Node, clean_environment  # noqa: E402
+from reliable.rabbitmq_node import Node, clean_environment  # noqa: E402
 from run_tasks import table  # noqa: E402
 
 

@@ -11,13 +11,15 @@ The way of a task, and the module to read at each step:
     publishing     a program calls a task; RabbitMQ confirms the message, or the caller gets an error
     topology       the exchanges and queues that the message goes through
     worker         a worker receives the message
+    acknowledging  it acknowledges messages in groups
     delivery       a process runs the task; each way to fail ends in one place
     results        the result goes back to the caller
     dead_letters   a task that failed is kept
     commands       `celery dead-letters` lists these tasks, and runs them again
 
 `app` puts these together. `errors` describes in two lines what is wrong. `local` finds RabbitMQ and
-workers, or starts what is missing. `testing` starts RabbitMQ nodes and workers for tests.
+workers, or starts what is missing; `own_worker` ends with its program. `testing` and `rabbitmq_node` start
+workers and RabbitMQ for tests.
 """
 
 from reliable.app import Celery

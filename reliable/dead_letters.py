@@ -1,7 +1,9 @@
 """Dead letters: the tasks that failed, kept in RabbitMQ until somebody runs them again or discards them."""
 
+import contextlib
 import json
 import sys
+import time
 from collections.abc import Iterator
 from datetime import datetime, timedelta, timezone
 from typing import Any
@@ -130,3 +132,21 @@ def read(app: celery.Celery, channel: Any, label: str = "") -> Iterator[DeadLett
             if message := channel.basic_get(DEAD_LETTERS.name):
                 message.channel = channel
                 yield DeadLetter(app, message)
+
+
+@contextlib.contextmanager
+def wait_for(app: celery.Celery, task_id: str, timeout: float = 30) -> Iterator[DeadLetter]:
+    """Wait up to `timeout` seconds for the dead letter of a task, which may come after its error.
+
+    Raises:
+        LookupError: it has not come.
+    """
+    deadline = time.monotonic() + timeout
+    while time.monotonic() < deadline:
+        with app.connection_for_write() as connection, connection.channel() as channel:
+            for letter in read(app, channel):
+                if letter.id == task_id:
+                    yield letter
+                    return
+        time.sleep(0.05)
+    raise LookupError(f"There is no dead letter of task {task_id}")

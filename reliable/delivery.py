@@ -4,10 +4,11 @@ https://docs.celeryq.dev/en/stable/userguide/tasks.html#requests-and-custom-requ
 """
 
 import bz2
+import contextlib
 import lzma
 import sys
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import datetime, timedelta, timezone
 from typing import Any
 
@@ -101,14 +102,29 @@ class Request(CeleryRequest):
         if isinstance(error, (TimeLimitExceeded, MemoryError)):
             self.reject(requeue=False)
         try:
-            super().on_failure(exc_info, *args, **options)
+            with self.requeued_unless_reported():
+                super().on_failure(exc_info, *args, **options)
         except MemoryError:
             pass
-        except (OperationalError, *self.connection_errors):
+        except self.connection_errors:
             raise
         except Exception:  # Odd parts of the message; the worker process would never be free again
             logger.exception("What follows a failure failed as well")
             self.reject(requeue=False)
+
+    def on_timeout(self, soft: bool, timeout: float) -> None:
+        """Report a time limit to the caller."""
+        with self.requeued_unless_reported():
+            super().on_timeout(soft, timeout)
+
+    @contextlib.contextmanager
+    def requeued_unless_reported(self) -> Iterator[None]:
+        """Requeue the task if RabbitMQ does not accept the report for its caller."""
+        try:
+            yield
+        except OperationalError as error:
+            logger.critical("The caller of %s cannot be told, so RabbitMQ delivers it again: %s", self, error)
+            self.reject(requeue=True)
 
     def cancel(self, pool: Any, signal: Any = None, emit_retry: bool = False) -> None:
         """Stop a task whose connection is lost. RabbitMQ delivers it again.

@@ -5,6 +5,7 @@ import sys
 from typing import NoReturn
 
 from amqp import AccessRefused, AMQPError, NotAllowed, PreconditionFailed
+from celery.exceptions import ImproperlyConfigured
 from kombu import Connection
 
 CHECK_RABBITMQ = "docker compose ps, or rabbitmqctl status"
@@ -12,6 +13,17 @@ FIX_LOGIN = "correct the user, password and virtual host in .env; rabbitmqctl se
 FIX_ARGUMENTS = (
     "delete it once it is empty: celery -A APP amqp queue.delete NAME (or exchange.delete NAME no)"
 )
+
+#: What an error means, and how to fix it; the first that fits.
+MEANINGS: list[tuple[type[Exception], str, str]] = [
+    (ImproperlyConfigured, "A setting is wrong", "correct .env as .env.example shows"),
+    (ImportError, "A setting is wrong", "correct .env as .env.example shows"),
+    (PreconditionFailed, "RabbitMQ has it with other arguments", FIX_ARGUMENTS),
+    (AccessRefused, "RabbitMQ refuses this user or password", FIX_LOGIN),
+    (NotAllowed, "RabbitMQ does not let this user into the virtual host", FIX_LOGIN),
+    (AMQPError, "RabbitMQ reports an error", CHECK_RABBITMQ),
+    (TimeoutError, "RabbitMQ does not answer", "rabbitmqctl status shows what it is short of"),
+]
 
 
 def exit_now(what: str, fix: str) -> NoReturn:
@@ -21,18 +33,11 @@ def exit_now(what: str, fix: str) -> NoReturn:
 
 
 def describe_error(error: Exception) -> tuple[str, str]:
-    """Return what an error of RabbitMQ, or of the connection to it, means, and how to fix it."""
+    """Return what an error of a setting, of RabbitMQ or of the connection to it means, and how to fix it."""
     text = " ".join(str(error).split())
-    if isinstance(error, PreconditionFailed):
-        return f"RabbitMQ has it with other arguments: {text}", FIX_ARGUMENTS
-    if isinstance(error, AccessRefused):
-        return f"RabbitMQ refuses this user or password: {text}", FIX_LOGIN
-    if isinstance(error, NotAllowed):
-        return f"RabbitMQ does not let this user into the virtual host: {text}", FIX_LOGIN
-    if isinstance(error, AMQPError):
-        return f"RabbitMQ reports an error: {text}", CHECK_RABBITMQ
-    if isinstance(error, TimeoutError):
-        return f"RabbitMQ does not answer: {text}", "rabbitmqctl status shows what it is short of"
+    for kind, what, fix in MEANINGS:
+        if isinstance(error, kind):
+            return f"{what}: {text}", fix
     return f"The connection to RabbitMQ failed: {text}", CHECK_RABBITMQ
 
 

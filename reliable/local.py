@@ -2,13 +2,8 @@
 
 import contextlib
 import os
-import secrets
-import signal
-import subprocess
 import sys
-import tempfile
 import threading
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -20,9 +15,7 @@ from kombu.exceptions import OperationalError
 
 from reliable.environment import names_rabbitmq
 from reliable.errors import describe_failed_connection, exit_now
-
-#: How long a worker may take to start, in seconds.
-START_TIMEOUT = 30
+from reliable.own_worker import own_worker
 
 
 @dataclass
@@ -61,8 +54,8 @@ def find_or_start(app: celery.Celery, embedded: bool = False) -> Iterator[Run]:
     elif workers := find_workers(app):
         yield Run(f"{where}, with its workers", workers)
     else:
-        with own_worker(app) as name:
-            yield Run(f"{where}, with a worker of our own", find_workers(app, name))
+        with own_worker(app) as worker:
+            yield Run(f"{where}, with a worker of our own", worker)
 
 
 def find_rabbitmq(app: celery.Celery) -> str:
@@ -101,58 +94,6 @@ def find_workers(app: celery.Celery, *names: str) -> dict[str, Any]:
     """
     inspect = app.control.inspect(list(names) or None, timeout=5 if names else 1, limit=len(names) or None)
     return inspect.stats() or {}
-
-
-@contextlib.contextmanager
-def own_worker(app: celery.Celery, concurrency: int = 8) -> Iterator[str]:
-    """Run `celery worker` beside this program, and give the name of its node.
-
-    In the end it finishes the tasks that it has begun. After an error, or Ctrl-C, it is killed; RabbitMQ then
-    delivers its tasks again. The program exits if the worker does not start.
-    """
-    name = f"own{secrets.token_hex(2)}@localhost"
-    command = [
-        sys.executable,
-        "-m",
-        "celery",
-        "-A",
-        app.main,
-        "worker",
-        f"-c{concurrency}",
-        "-lwarning",
-        "-n",
-        name,
-    ]
-    handlers: dict[signal.Signals, Any] = {}  # The program's own, by the number of the signal
-
-    def end_worker(number: int, frame: object) -> None:
-        """Kill the worker before the program's own handler ends the program."""
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        handlers[signal.Signals(number)](number, frame)
-
-    with tempfile.TemporaryFile() as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
-        for taken in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            if callable(signal.getsignal(taken)):
-                handlers[taken] = signal.signal(taken, end_worker)
-        try:
-            deadline = time.monotonic() + START_TIMEOUT
-            while not app.control.inspect([name], timeout=0.5, limit=1).ping():
-                if process.poll() is not None or time.monotonic() > deadline:
-                    log.seek(0)
-                    sys.stderr.write(log.read().decode(errors="replace"))
-                    exit_now("The worker does not start", "read its log above")
-            yield name
-            process.terminate()
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(timeout=START_TIMEOUT)
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-            for taken, handler in handlers.items():
-                signal.signal(taken, handler)
 
 
 def start_embedded(app: celery.Celery, concurrency: int = 8) -> None:

@@ -92,6 +92,16 @@ class RPCBackend(CeleryRPCBackend):
         self._pending_messages.maxsize = None
 
     @property
+    def retry_policy(self) -> dict[str, Any]:
+        """Return how often to publish a state again.
+
+        A task waits for RabbitMQ as long as it takes, since a late result is better than an error. The main
+        process of a worker has other tasks to care for.
+        """
+        most = None if self.app.current_worker_task else 1
+        return {**self.app.conf.task_publish_retry_policy, "max_retries": most}
+
+    @property
     def binding(self) -> Queue:
         """Describe the reply queue: it outlives a connection, and expires after its program."""
         arguments = topology.temporary(self.app)

@@ -7,31 +7,17 @@
 The extra `[testing]` installs what this module needs.
 """
 
-import contextlib
-import json
-import os
-import shutil
-import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 from kombu import Connection, Queue
-from mirakuru import TimeoutExpired
-from mirakuru.base import Executor
-from typing_extensions import Self
 
-
-def clean_environment(**variables: str) -> dict[str, str]:
-    """Return the environment without what says where RabbitMQ is, and with these variables."""
-    ours = ("CELERY_", "RABBITMQ_", "NO_COLOR")
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
-    return kept | {"PYTHON_DOTENV_DISABLED": "1"} | variables
+from reliable.rabbitmq_node import Node, Program, clean_environment, run_cluster
 
 
 def until(condition: Callable[[], Any], seconds: float = 30) -> Any:
@@ -41,116 +27,6 @@ def until(condition: Callable[[], Any], seconds: float = 30) -> Any:
         assert time.monotonic() < deadline, f"not within {seconds} s: {condition}"
         time.sleep(0.05)
     return value
-
-
-def free_port() -> int:
-    """Return a port of the loopback interface that nothing listens on."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
-
-
-def rabbitmq_program(name: str) -> str:
-    """Return the path of a program of RabbitMQ; of Debian's, not the wrapper, which insists on a user."""
-    found = shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin")
-    if not found:
-        if os.environ.get("CI") == "true":
-            pytest.fail(f"{name} is not on PATH, and CI must not skip the tests of RabbitMQ")
-        pytest.skip(f"{name} is not on PATH")
-    behind = Path("/usr/lib/rabbitmq/bin", name)
-    return str(behind) if found == f"/usr/sbin/{name}" and behind.exists() else found
-
-
-class Program(Executor):
-    """A program whose output goes to a file."""
-
-    def __init__(self, command: list[str], output: Path, **options: Any) -> None:
-        super().__init__(command, **options)
-        self.output_file = output
-
-    def pre_start_check(self) -> bool:
-        """Return that no other program is in the way."""
-        return False
-
-    def start(self) -> Self:
-        """Start the program, and wait until it is ready. Raises AssertionError with its logs."""
-        with self.output_file.open("ab") as output:
-            self._stdout = self._stderr = output
-            try:
-                return super().start()
-            except TimeoutExpired as error:
-                logs = [path.read_text()[-3000:] for path in self.output_file.parent.rglob("*.log")]
-                raise AssertionError("\n".join([str(error), *logs])) from None
-
-
-class Node(Program):
-    """A RabbitMQ node on free ports of the loopback interface, with its data in a folder of its own."""
-
-    def __init__(self, folder: Path, plugins: str = "[].", **variables: str) -> None:
-        self.port, self.ui_port, metrics, distribution, epmd = (free_port() for _ in range(5))
-        self.name = f"test-{self.port}@localhost"
-        self.url = f"amqp://guest:guest@127.0.0.1:{self.port}//"
-        (folder / "plugins").write_text(plugins)
-        self.configuration = folder / "rabbitmq.conf"
-        self.configuration.write_text(
-            f"listeners.tcp.1 = 127.0.0.1:{self.port}\n"
-            f"management.tcp.port = {self.ui_port}\n"
-            f"prometheus.tcp.port = {metrics}\n"
-            "max_message_size = 16777216\n"  # Bytes: the default of RabbitMQ 4
-        )
-        self.environment = clean_environment(
-            HOME=str(folder),
-            ERL_EPMD_PORT=str(epmd),
-            ERL_EPMD_ADDRESS="127.0.0.1",
-            RABBITMQ_NODENAME=self.name,
-            RABBITMQ_DIST_PORT=str(distribution),
-            RABBITMQ_CONFIG_FILE=str(self.configuration),
-            RABBITMQ_MNESIA_BASE=str(folder / "data"),
-            RABBITMQ_LOG_BASE=str(folder / "log"),
-            RABBITMQ_ENABLED_PLUGINS_FILE=str(folder / "plugins"),
-        )
-        self.environment |= variables
-        command = [rabbitmq_program("rabbitmq-server")]
-        super().__init__(command, folder / "output", envvars=self.environment, timeout=60)  # Seconds
-
-    def start(self) -> Self:
-        """Start the node; once more if it hangs, as one killed node of a cluster in some fifty does.
-
-        One reason: https://github.com/rabbitmq/rabbitmq-server/issues/6034
-        """
-        try:
-            return super().start()
-        except AssertionError:
-            print(f"{self.name} hangs as it starts: it is started once more")
-            return super().start()
-
-    def after_start_check(self) -> bool:
-        """Return whether a client can log in."""
-        try:
-            with Connection(self.url, connect_timeout=2) as connection:
-                connection.connect()
-        except OSError:
-            return False
-        return True
-
-    def control(self, *arguments: str) -> str:
-        """Run rabbitmqctl, and return what it prints."""
-        command = [rabbitmq_program("rabbitmqctl"), *arguments]
-        finished = subprocess.run(
-            command, env=self.environment, check=True, capture_output=True, text=True, timeout=60
-        )
-        return finished.stdout
-
-    def queues(self, column: str, host: str = "/") -> dict[str, Any]:
-        """Return a column of `rabbitmqctl list_queues` by the name of the queue."""
-        listed = self.control("-q", "list_queues", "-p", host, "name", column, "--formatter", "json")
-        return {queue["name"]: queue[column] for queue in json.loads(listed)}
-
-    def virtual_host(self, name: str) -> str:
-        """Create a virtual host, and return its URL: as good as a new RabbitMQ, and sooner there."""
-        self.control("add_vhost", name)
-        self.control("set_permissions", "-p", name, "guest", ".*", ".*", ".*")
-        return f"{self.url.removesuffix('/')}{name}"
 
 
 class Worker(Program):
@@ -202,28 +78,6 @@ def take(url: str, queue: str, number: int = 1) -> list[Any]:
         for message in messages:
             message.ack()
     return messages
-
-
-@contextlib.contextmanager
-def run_cluster(folder: Path, plugins: str = "[].") -> Iterator[list[Node]]:
-    """Run three nodes that form a cluster."""
-    shared = {"HOME": str(folder), "ERL_EPMD_PORT": str(free_port())}  # The cookie is in HOME
-    nodes = []
-    for number in range(3):
-        (folder / f"node{number}").mkdir()
-        nodes.append(Node(folder / f"node{number}", plugins, **shared))
-    (folder / ".erlang.cookie").write_text("cluster")
-    (folder / ".erlang.cookie").chmod(0o600)
-    formation = "cluster_formation.peer_discovery_backend = classic_config\n" + "".join(
-        f"cluster_formation.classic_config.nodes.{number} = {node.name}\n"
-        for number, node in enumerate(nodes)
-    )
-    for node in nodes:
-        node.configuration.write_text(node.configuration.read_text() + formation)
-    with ThreadPoolExecutor() as pool, contextlib.ExitStack() as running:
-        for started in pool.map(Node.start, nodes):
-            running.callback(started.stop)
-        yield nodes
 
 
 @pytest.fixture(scope="session")

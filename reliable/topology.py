@@ -89,12 +89,13 @@ def declare(app: celery.Celery, connection: Connection) -> list[Queue]:
     """
     queues = [queue for queue in app.amqp.queues.values() if not isinstance(queue, Broadcast)]
     missing: list[Queue] = []
+    in_cluster = is_cluster(app)
     with connection.channel() as channel:
         UNROUTED(channel).declare()
         DEAD_LETTERS(channel).declare()
         for queue in queues:
             is_quorum = QUORUM.items() <= (queue.queue_arguments or {}).items()
-            if is_quorum or not is_cluster(app):
+            if is_quorum or not in_cluster:
                 queue(channel).declare()
             elif is_out_of_reach(app, queue):
                 missing.append(queue)

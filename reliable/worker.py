@@ -3,10 +3,7 @@
 https://docs.celeryq.dev/en/stable/userguide/extending.html#consumer
 """
 
-import contextlib
-from collections import deque
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 from amqp import AccessRefused, NotAllowed, PreconditionFailed
@@ -15,9 +12,10 @@ from celery.exceptions import WorkerShutdown
 from celery.utils.log import get_logger
 from celery.worker.consumer import Consumer as CeleryConsumer
 from kombu import Connection, Queue
-from kombu.exceptions import ContentDisallowed
+from kombu.exceptions import ContentDisallowed, OperationalError
 
 from reliable import topology
+from reliable.acknowledging import AcknowledgesInGroups
 from reliable.delivery import Message
 from reliable.errors import describe_error
 
@@ -27,11 +25,9 @@ logger = get_logger(__name__)
 LOOK_AGAIN = 15
 #: How often a worker forgets the time limits of tasks that ended, in seconds.
 SWEEP = 10
-#: How long an acknowledgement may wait for others, in seconds.
-ACK_DELAY = 0.01
 
 
-class Consumer(CeleryConsumer):
+class Consumer(AcknowledgesInGroups):
     """The consumer of a worker. It declares the topology, and loses no message."""
 
     class Blueprint(CeleryConsumer.Blueprint):
@@ -49,7 +45,6 @@ class Consumer(CeleryConsumer):
 
     def __init__(self, *args: Any, **options: Any) -> None:
         self.out_of_reach: list[Queue] = []
-        self.held_acks: deque[Callable[[], Any]] = deque()
         super().__init__(*args, **options)
 
     # --- Connecting ---
@@ -110,35 +105,6 @@ class Consumer(CeleryConsumer):
         connection = self.app.connection_for_write(url, heartbeat=heartbeat, transport_options=options)
         return self.ensure_connected(connection)
 
-    # --- Acknowledging in groups: RabbitMQ writes a group to disk at once ---
-    def call_soon_ack(self, p: Callable[..., Any], *args: Any, **options: Any) -> Any:
-        """Hold an acknowledgement until there are several, or for a moment.
-
-        No worker process waits for it: at most half of the messages that are prefetched for later are held,
-        so none with a prefetch multiplier of 1. Only a prefork worker has its event loop free meanwhile.
-        """
-        if not (self.hub and self.pool.uses_semaphore):
-            return super().call_soon_ack(p, *args, **options)
-        self.held_acks.append(partial(p, *args, **options))
-        prefetched_for_later = self.qos.value - self.qos.value / max(self.prefetch_multiplier, 1)
-        if len(self.held_acks) >= prefetched_for_later / 2:
-            self.hub.call_soon(self.send_held_acks)
-        elif len(self.held_acks) == 1:
-            self.timer.call_after(ACK_DELAY, self.send_held_acks)
-        return None
-
-    def send_held_acks(self, _hub: Any = None) -> None:
-        """Send the acknowledgements that are held."""
-        with contextlib.suppress(IndexError):  # There are no more
-            while True:
-                self.held_acks.popleft()()
-
-    def register_with_event_loop(self, hub: Any) -> None:
-        """Start with a new connection. What is held when the event loop ends is sent."""
-        self.held_acks.clear()  # They belong to the connection before
-        hub.on_close.add(self.send_held_acks)
-        super().register_with_event_loop(hub)
-
     # --- Messages that cannot be run become dead letters ---
     def create_task_handler(self, *args: Any, **options: Any) -> Callable[[Message], None]:
         """Return what receives a message, and refuses one that is odd. Celery would end the worker."""
@@ -157,15 +123,20 @@ class Consumer(CeleryConsumer):
         return on_task_received
 
     def refuse(self, message: Message, error: Exception) -> None:
-        """Make a message a dead letter, and report the error to its caller. Celery would acknowledge it."""
+        """Report an error to the caller, and make its message a dead letter. Celery would acknowledge it."""
         logger.critical("A message is refused, and becomes a dead letter: %r", str(error))
         needs_no_ack = message.channel.no_ack_consumers or ()  # The messages of remote control
         if message.acknowledged or message.delivery_info.get("consumer_tag") in needs_no_ack:
             return
-        message.reject_log_error(logger, self.connection_errors)
         caller = {name: message.properties.get(name) for name in ("reply_to", "correlation_id")}
-        if all(isinstance(value, str) for value in caller.values()):
-            self.app.backend.mark_as_failure(caller["correlation_id"], error, request=Context(**caller))
+        try:
+            if all(isinstance(value, str) for value in caller.values()):
+                self.app.backend.mark_as_failure(caller["correlation_id"], error, request=Context(**caller))
+        except OperationalError as unreported:
+            logger.critical("Its caller cannot be told, so RabbitMQ delivers it again: %s", unreported)
+            message.requeue()
+        else:
+            message.reject_log_error(logger, self.connection_errors)
 
     def on_decode_error(self, message: Message, exc: Exception) -> None:
         """Refuse a message whose body cannot be decoded."""

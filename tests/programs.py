@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from reliable.testing import clean_environment
+from reliable.rabbitmq_node import clean_environment
 
 PROJECT = Path(__file__).parent.parent
 #: Where Python finds the shop and `apps`, the task modules of the tests.

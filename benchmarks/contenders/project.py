@@ -8,7 +8,7 @@ from typing import Any
 from celery.worker.consumer import Consumer
 from work import mark, mark_slowly
 
-from reliable import worker
+from reliable.acknowledging import AcknowledgesInGroups
 from tasks import app
 
 settings = json.loads(os.environ["BENCHMARK_SETTINGS"])
@@ -18,7 +18,7 @@ if settings.pop("classic", False):
 if settings.pop("unconfirmed", False):
     app.conf.broker_transport_options |= {"confirm_publish": False}
 if settings.pop("ungrouped", False):
-    worker.Consumer.call_soon_ack = Consumer.call_soon_ack  # type: ignore[method-assign]
+    AcknowledgesInGroups.call_soon_ack = Consumer.call_soon_ack  # type: ignore[method-assign]
 app.conf.update(settings)
 
 WORKER = ("-m", "celery", "-A", "tasks", "worker", "-c2", "-lerror", "--include", "project")

@@ -1,5 +1,5 @@
 """A worker that holds acknowledgements for a minute, so that a test can count them."""
 
-from reliable import worker
+from reliable import acknowledging
 
-worker.ACK_DELAY = 60
+acknowledging.DELAY = 60

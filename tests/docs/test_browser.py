@@ -23,7 +23,8 @@ from rich._export_format import CONSOLE_SVG_FORMAT
 from rich.console import Console
 from rich.text import Text
 
-from reliable.testing import Node, Program, Worker, clean_environment, free_port, run_cluster, until
+from reliable.rabbitmq_node import Node, Program, clean_environment, free_port, run_cluster
+from reliable.testing import Worker, until
 
 LESSONS = ("hello", "parallel", "retries", "crash")
 

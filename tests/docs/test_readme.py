@@ -15,7 +15,8 @@ from sybil.document import Document
 from sybil.example import Example
 from sybil.parsers.markdown import CodeBlockParser, SkipParser
 
-from reliable.testing import Node, rabbitmq_program, until
+from reliable.rabbitmq_node import Node, rabbitmq_program
+from reliable.testing import until
 
 # What differs from run to run: ids, the names of nodes and their machine, ports, times …
 VARIABLE = [

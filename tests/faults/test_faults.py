@@ -20,7 +20,8 @@ import psutil
 import pytest
 from programs import PATHS, celery, python
 
-from reliable.testing import Node, Worker, clean_environment, take, until
+from reliable.rabbitmq_node import Node, clean_environment
+from reliable.testing import Worker, take, until
 
 TASKS = 1000
 pytestmark = pytest.mark.timeout(400)  # seconds

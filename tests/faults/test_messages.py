@@ -1,14 +1,18 @@
 """Messages, results and callers that go wrong: each ends where it is documented, and the worker goes on."""
 
+import os
+import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from kombu import Connection, Queue
 from programs import PATHS, celery, python, start_python
 
-from reliable.testing import Node, Worker, depth, take, until
+from reliable.rabbitmq_node import Node
+from reliable.testing import Worker, depth, take, until
 
 
 class Odd:
@@ -315,3 +319,32 @@ def test_a_time_limit_spares_a_task_the_brokers_time_out(tmp_path: Path) -> None
             odd.call("odd.wait.delay(60)")
             until(lambda: runs() >= 3, 90)
             assert odd.call("print(odd.size.delay('four').get(timeout=20))").stdout == "4\n"
+
+
+@pytest.mark.parametrize("is_json", [False, True], ids=["not JSON", "over its time limit"])
+def test_what_a_worker_cannot_report_is_delivered_again(node: Node, tmp_path: Path, is_json: bool) -> None:
+    # Given a worker that receives a message which it must report to the caller
+    arguments = ("-c1", "--include", "apps.odd")
+    with (
+        Worker("tasks", node.url, tmp_path, *arguments, **PATHS) as worker,
+        Connection(node.url) as connection,
+    ):
+        caller = Queue("caller")(connection.channel())
+        caller.declare()
+        os.kill(worker.process.pid, signal.SIGSTOP)
+        body, task = (
+            (b"[[30], {}, {}]", "apps.odd.wait_with_a_limit") if is_json else (b"not JSON", "tasks.add")
+        )
+        headers = {"task": task, "id": "1"}
+        kind = {"content_type": "application/json", "content_encoding": "utf-8", "headers": headers}
+        to = {"exchange": "tasks", "routing_key": "default", "reply_to": "caller", "correlation_id": "1"}
+        connection.Producer().publish(body, **kind, **to)
+        # When RabbitMQ is short of memory by then
+        node.control("set_vm_memory_high_watermark", "0.000001")
+        os.kill(worker.process.pid, signal.SIGCONT)
+        until(lambda: "so RabbitMQ delivers it again" in worker.log.read_text(), 60)
+        node.control("set_vm_memory_high_watermark", "0.4")
+        # Then its caller is told later, it is a dead letter, and the worker runs
+        assert take(node.url, "caller")[0].payload["status"] == "FAILURE"
+        assert take(node.url, "dead-letters")[0].headers["x-death"][0]["reason"] == "rejected"
+        assert worker.running()

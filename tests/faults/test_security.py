@@ -27,7 +27,8 @@ from kombu import Connection, Exchange, Producer, Queue
 from programs import PATHS, PROJECT, celery, drive, outcomes, python, what_is_wrong
 
 import run_tasks
-from reliable.testing import Node, Worker, clean_environment, depth, free_port, until
+from reliable.rabbitmq_node import Node, clean_environment, free_port
+from reliable.testing import Worker, depth, until
 
 
 # --- TLS ----------------------------------------------------------------------------------------

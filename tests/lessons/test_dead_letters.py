@@ -10,7 +10,8 @@ import pytest
 from kombu import Connection, Exchange
 from programs import PATHS, celery, python, start_python, what_is_wrong
 
-from reliable.testing import Node, Worker, depth, until
+from reliable.rabbitmq_node import Node
+from reliable.testing import Worker, depth, until
 
 PUBLISH_EXPIRED = (  # nobody consumes them
     "import sys, tasks\n"

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from programs import PROJECT
 
-from reliable.testing import clean_environment
+from reliable.rabbitmq_node import clean_environment
 
 
 def python_in(folder: Path, code: str, **variables: str) -> "subprocess.CompletedProcess[str]":
