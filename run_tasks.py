@@ -157,7 +157,8 @@ def nodes(run: Run) -> Rows:
         before = local.find_workers(app, *names)
         collect([tasks.send_email.delay("all@example.com", 0.1) for _ in range(16 * len(names))])
         after = local.find_workers(app, *names)
-        answers = app.control.broadcast("reload_prices", names, reply=True, timeout=5, limit=len(names))
+        wanted = {"destination": names, "limit": len(names), "timeout": 5}
+        answers = app.control.broadcast("reload_prices", reply=True, **wanted)
     said = {name: answer["ok"] for reply in answers for name, answer in reply.items()}
     rows = [
         {
