@@ -79,7 +79,8 @@ def test_the_words_are_those_that_counter_counts(tmp_path: Path) -> None:
     text = "".join(path.read_text() for path in tmp_path.rglob("*.txt"))
     (tmp_path / "picture").write_bytes(b"\xff")
     # When the driver counts them
-    rows = outcomes(drive("--embedded", "--json", "words", "--path", str(tmp_path)))["words"]["result"]
+    finished = drive("--embedded", "--json", "words", "--path", str(tmp_path))
+    rows = outcomes(finished)["words"]["result"]
     # Then it counts what Counter does, in a few messages
     expected: Counter[str] = Counter(tasks.count_words(text))
     counted = {row["word"]: row["count"] for row in rows if "word" in row}
@@ -88,14 +89,7 @@ def test_the_words_are_those_that_counter_counts(tmp_path: Path) -> None:
     sums = next(row for row in rows if "words" in row)
     assert sums["words"] == expected.total()
     assert sums["messages"] < 50
-    assert list(rows[-1].values()) == [str(tmp_path / "picture")]
-
-
-def test_an_unreadable_file_is_skipped_and_named(tmp_path: Path) -> None:
-    (tmp_path / "a.txt").write_text("fish")
-    (tmp_path / "gone.txt").symlink_to("nowhere")
-    rows = outcomes(drive("--embedded", "--json", "words", "--path", str(tmp_path)))["words"]["result"]
-    assert list(rows[-1].values()) == [str(tmp_path / "gone.txt")]
+    assert f"cannot be read as text: {tmp_path / 'picture'}" in finished.stderr
 
 
 def test_chords_run_with_a_file_backend(tmp_path: Path) -> None:
