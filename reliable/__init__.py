@@ -14,6 +14,7 @@ The way of a task, and the module to read at each step:
     acknowledging  it acknowledges messages in groups
     delivery       a process runs the task; each way to fail ends in one place
     results        the result goes back to the caller
+    result_consumer  the caller receives it
     dead_letters   a task that failed is kept
     commands       `celery dead-letters` lists these tasks, and runs them again
 

@@ -3,82 +3,22 @@
 https://docs.celeryq.dev/en/stable/userguide/tasks.html#rpc-result-backend-rabbitmq-qpid
 """
 
+import atexit
 import contextlib
 import math
-import threading
+import os
 import time
 from typing import Any
 
 from amqp import AMQPError
-from celery.backends.rpc import ResultConsumer as CeleryResultConsumer
 from celery.backends.rpc import RPCBackend as CeleryRPCBackend
 from celery.result import task_join_will_block
-from kombu import Message, Producer, Queue
+from kombu import Producer, Queue
 from kombu.common import maybe_declare
 from kombu.exceptions import OperationalError
 
 from reliable import topology
-
-
-class ResultConsumer(CeleryResultConsumer):
-    """Receives results from the reply queue, and acknowledges each one."""
-
-    _connection: Any
-    _consumer: Any
-
-    def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__(*args, **options)
-        #: Held by the thread that receives for all threads of the program.
-        self.lock = threading.RLock()
-        #: When a result came last, in seconds.
-        self.last_result = time.monotonic()
-
-    @property
-    def is_consuming(self) -> bool:
-        """Return whether it consumes from the reply queue, as it does since the first `get()`."""
-        return self._consumer is not None
-
-    def consume_from(self, task_id: str) -> None:
-        """Leave it to drain_events, which can wait for RabbitMQ."""
-
-    def drain_events(self, timeout: float | None = None) -> None:
-        """Receive what comes within `timeout` seconds, and connect first if the connection was lost.
-
-        Raises:
-            TimeoutError: `get()` then calls again, until its own time is over.
-        """
-        with self.lock:
-            try:
-                if not self.is_consuming:
-                    self.start("", no_ack=False)
-                    self._consumer.register_callback(lambda _, message: message.ack())
-            except (AMQPError, OperationalError, OSError):
-                self.disconnect(timeout)
-            try:
-                self._connection.drain_events(timeout=timeout)
-            except TimeoutError:
-                raise
-            except (AMQPError, OperationalError, OSError):
-                self.disconnect(timeout)
-
-    def disconnect(self, timeout: float | None) -> None:
-        """Drop a connection that failed, and wait before the next attempt. Raises TimeoutError."""
-        self._connection.collect()
-        self._connection = self._consumer = None
-        time.sleep(timeout or 1)
-        raise TimeoutError from None
-
-    def on_state_change(self, meta: dict[str, Any], message: Message) -> None:
-        """Hand a state to those who wait for it.
-
-        Raises:
-            RuntimeError: `on_message` failed. Its own error could pass for a lost connection.
-        """
-        self.last_result = time.monotonic()
-        try:
-            super().on_state_change(meta, message)
-        except OSError as error:
-            raise RuntimeError("on_message failed") from error
+from reliable.result_consumer import ResultConsumer
 
 
 class RPCBackend(CeleryRPCBackend):
@@ -88,6 +28,7 @@ class RPCBackend(CeleryRPCBackend):
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
+        self.deletes_queue_at_exit = False
         # Otherwise Celery drops the oldest of more than 8,192 unread results.
         self._pending_messages.maxsize = None
 
@@ -103,9 +44,13 @@ class RPCBackend(CeleryRPCBackend):
 
     @property
     def binding(self) -> Queue:
-        """Describe the reply queue: it outlives a connection, and expires after its program."""
+        """Describe the reply queue: it outlives a connection, and expires after its program.
+
+        The results in it expire as well. Otherwise it grows while a program never asks for them.
+        """
+        limits = {"expires": self.expires, "message_ttl": self.expires}
         arguments = topology.temporary(self.app)
-        return self.Queue(self.oid, self.exchange, self.oid, expires=self.expires, queue_arguments=arguments)
+        return self.Queue(self.oid, self.exchange, self.oid, queue_arguments=arguments, **limits)
 
     def add_pending_result(self, result: Any, *args: Any, **options: Any) -> Any:
         """Wait for a result, or find it among those that came before."""
@@ -140,9 +85,24 @@ class RPCBackend(CeleryRPCBackend):
         is_expiring = unread > (self.expires or math.inf) / 2
         if self.oid in declared and not is_expiring:
             return
+        if not self.deletes_queue_at_exit:
+            atexit.register(self.delete_queue, os.getpid())
+            self.deletes_queue_at_exit = True
         queue = self.binding(producer.channel)
         maybe_declare(queue, retry=True, **self.app.conf.task_publish_retry_policy)
         declared.add(self.oid)
         if is_expiring:
             with contextlib.suppress(TimeoutError):
                 self.result_consumer.drain_events(timeout=0.01)
+
+    def delete_queue(self, pid: int) -> None:
+        """Delete the reply queue of this program as it ends, unless RabbitMQ is away: then the queue expires.
+
+        A forked process, which has another `pid`, leaves the queue of its parent alone.
+        """
+        if os.getpid() != pid:
+            return
+        away_or_closed = (AMQPError, OperationalError, OSError, RuntimeError)
+        with contextlib.suppress(*away_or_closed), self.app.pool.acquire() as connection:
+            if connection.connected:
+                self.binding(connection.default_channel).delete()

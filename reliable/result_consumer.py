@@ -1,0 +1,116 @@
+"""How a program receives results: all of its threads share one connection, and take turns."""
+
+import contextlib
+import math
+import threading
+import time
+from collections.abc import Callable, Iterator
+from itertools import takewhile
+from typing import Any
+
+from amqp import AMQPError
+from celery.backends.rpc import ResultConsumer as CeleryResultConsumer
+from kombu import Message
+from kombu.exceptions import OperationalError
+
+#: How long a thread receives before another has its turn, in seconds.
+TURN = 0.1
+#: How long to wait before connecting again, in seconds.
+RECONNECT = 0.5
+#: After how long without a message to ask whether RabbitMQ is still there, in seconds. Otherwise a connection
+#: that a firewall has dropped makes a program deaf.
+SILENCE = 30
+
+
+class ResultConsumer(CeleryResultConsumer):
+    """Receives results from the reply queue, and acknowledges each one."""
+
+    _connection: Any
+    _consumer: Any
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        #: Held by the thread that receives for all threads of the program.
+        self.lock = threading.RLock()
+        #: When a result came last, and when RabbitMQ sent anything, in seconds.
+        self.last_result = self.last_heard = time.monotonic()
+        #: When the last state of each task came.
+        self.unread: dict[str, float] = {}
+
+    @property
+    def is_consuming(self) -> bool:
+        """Return whether it consumes from the reply queue, as it does since the first `get()`."""
+        return self._consumer is not None
+
+    def consume_from(self, task_id: str) -> None:
+        """Leave it to drain_events, which can wait for RabbitMQ."""
+
+    def drain_events_until(
+        self, p: Any, timeout: float | None = None, on_interval: Callable[[], Any] | None = None
+    ) -> Iterator[None]:
+        """Receive until a promise is fulfilled. Threads take turns, and each one receives for all.
+
+        Raises:
+            TimeoutError: it was not fulfilled within `timeout` seconds.
+        """
+        deadline = time.monotonic() + (timeout or math.inf)
+        while not p.ready:
+            remaining = deadline - time.monotonic()
+            if remaining <= 0:
+                raise TimeoutError
+            with self.lock, contextlib.suppress(TimeoutError):
+                if not p.ready:
+                    self.drain_events(min(remaining, TURN))
+            if on_interval:
+                on_interval()
+            yield
+
+    def drain_events(self, timeout: float | None = None) -> None:
+        """Receive what comes within `timeout` seconds, and connect first if the connection was lost.
+
+        Raises:
+            TimeoutError: nothing came.
+        """
+        with self.lock:
+            try:
+                if not self.is_consuming:
+                    self.start("", no_ack=False)
+                    self._consumer.register_callback(lambda _, message: message.ack())
+                    self.last_heard = time.monotonic()
+                if time.monotonic() - self.last_heard > SILENCE:
+                    self._consumer.qos(prefetch_count=0)  # It waits for an answer
+                    self.last_heard = time.monotonic()
+            except (AMQPError, OperationalError, OSError):
+                self.disconnect()
+            try:
+                self._connection.drain_events(timeout=timeout)
+                self.last_heard = time.monotonic()
+            except TimeoutError:
+                raise
+            except (AMQPError, OperationalError, OSError):
+                self.disconnect()
+
+    def disconnect(self) -> None:
+        """Drop a connection that failed, and wait before the next attempt. Raises TimeoutError."""
+        self._connection.collect()
+        self._connection = self._consumer = None
+        time.sleep(RECONNECT)
+        raise TimeoutError from None
+
+    def on_state_change(self, meta: dict[str, Any], message: Message) -> None:
+        """Hand a state to those who wait for it, and forget old results that nobody has asked for.
+
+        Raises:
+            RuntimeError: `on_message` failed. Its own error could pass for a lost connection.
+        """
+        self.last_result = time.monotonic()
+        try:
+            super().on_state_change(meta, message)
+        except OSError as error:
+            raise RuntimeError("on_message failed") from error
+        self.unread[meta["task_id"]] = self.last_result
+        oldest = self.last_result - (self.backend.expires or math.inf)
+        for task_id in list(takewhile(lambda task_id: self.unread[task_id] < oldest, self.unread)):
+            del self.unread[task_id]
+            with contextlib.suppress(KeyError):
+                del self._pending_messages[task_id]
