@@ -10,7 +10,8 @@ The way of a task, and the module to read at each step:
     environment    where RabbitMQ is: the environment and `.env`
     publishing     a program calls a task; RabbitMQ confirms the message, or the caller gets an error
     topology       the exchanges and queues that the message goes through
-    worker         a worker receives the message
+    worker         a worker connects, and receives the message
+    refusing       it refuses what it cannot run
     acknowledging  it acknowledges messages in groups
     delivery       a process runs the task; each way to fail ends in one place
     results        the result goes back to the caller

@@ -2,13 +2,15 @@
 
 import contextlib
 import copy
+import os
+import weakref
 from collections.abc import Iterable
 from typing import Any, ClassVar
 
 import celery
 from celery.app.control import Control as CeleryControl
 from celery.loaders.app import AppLoader
-from kombu import Queue
+from kombu import Queue, pools
 from kombu.pidbox import Mailbox as KombuMailbox
 
 from reliable import publishing, topology
@@ -21,6 +23,19 @@ def add_settings(sender: celery.Celery, source: Any, **_: Any) -> None:
     Those of `app.add_defaults()` override what an app reads from an object.
     """
     source.maps.insert(-1, copy.deepcopy(SETTINGS))  # An app may change them in place
+
+
+def start_anew(app: "Celery | None") -> None:
+    """Give a forked process, such as one of `gunicorn --preload`, connections and a reply queue of its own.
+
+    Celery does so for its own processes only. Others would write to the sockets of their parent.
+    """
+    if app:
+        pools.connections.clear()
+        pools.producers.clear()
+        app._after_fork()
+        app.__dict__.pop("oid", None)
+        app._backend_cache = None
 
 
 class Loader(AppLoader):
@@ -66,8 +81,11 @@ class Celery(celery.Celery):
     topology_is_declared = False
 
     def on_init(self) -> None:
-        """Prepare to add the settings of this package."""
+        """Prepare to add the settings of this package, and for a fork."""
         self.on_after_configure.connect(add_settings)
+        if hasattr(os, "register_at_fork"):  # Not on Windows
+            reference = weakref.ref(self)
+            os.register_at_fork(after_in_child=lambda: start_anew(reference()))
 
     @property
     def thread_oid(self) -> str:

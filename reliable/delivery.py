@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from datetime import datetime, timedelta, timezone
 from typing import Any
 
+from celery.app.task import Context
 from celery.exceptions import InvalidTaskError, Retry, TimeLimitExceeded
 from celery.utils.log import get_logger
 from celery.worker.request import Request as CeleryRequest
@@ -70,6 +71,8 @@ class Message(AMQPMessage):
 class Request(CeleryRequest):
     """One delivery of a task."""
 
+    is_over_its_limit = False
+
     def __init__(self, message: Any, **options: Any) -> None:
         """Take a message.
 
@@ -83,6 +86,8 @@ class Request(CeleryRequest):
             raise InvalidTaskError("the keyword arguments are not a mapping")
         if len(limits) != 2 or not all(isinstance(limit, (int, float, NoneType)) for limit in limits):
             raise InvalidTaskError("the time limits are not two numbers")
+        if any(callable(getattr(Context, name, None)) for name in self.request_dict):
+            raise InvalidTaskError("a header has the name of a method")
         if not isinstance(stamps, list) or not all(isinstance(stamp, str) for stamp in stamps):
             raise InvalidTaskError("the stamped headers are not names")
         # Through the delay queues a task arrives when it is due. Otherwise it would wait in the worker, and
@@ -91,19 +96,19 @@ class Request(CeleryRequest):
         if self.eta and self.eta > latest and isinstance(message, Message):
             raise InvalidTaskError("the eta is far away, and it did not come through the delay queues")
 
-    def on_failure(self, exc_info: Any, *args: Any, **options: Any) -> None:
-        """Keep a task that exceeded its hard time limit, or the memory, as a dead letter.
-
-        Celery acknowledges the first, or runs it forever. After a MemoryError the whole worker would exit.
-        """
+    def on_failure(self, exc_info: Any, send_failed_event: bool = True, return_ok: bool = False) -> None:
+        """Keep a task that ran out of memory as a dead letter. Celery would end the whole worker."""
         error = exc_info.exception
         if not isinstance(error, Retry):
             error = getattr(error, "exc", error)  # billiard wraps it
-        if isinstance(error, (TimeLimitExceeded, MemoryError)):
+        self.is_over_its_limit = isinstance(error, TimeLimitExceeded)
+        if self.is_over_its_limit and not return_ok:  # Its process is killed, and on_timeout comes next
+            return
+        if isinstance(error, MemoryError):
             self.reject(requeue=False)
         try:
             with self.requeued_unless_reported():
-                super().on_failure(exc_info, *args, **options)
+                super().on_failure(exc_info, send_failed_event, return_ok)
         except MemoryError:
             pass
         except self.connection_errors:
@@ -113,9 +118,14 @@ class Request(CeleryRequest):
             self.reject(requeue=False)
 
     def on_timeout(self, soft: bool, timeout: float) -> None:
-        """Report a time limit to the caller."""
+        """Report a time limit to the caller. After the hard one the task becomes a dead letter."""
+        self.is_over_its_limit = not soft
         with self.requeued_unless_reported():
             super().on_timeout(soft, timeout)
+
+    def reject(self, requeue: bool = False) -> None:
+        """Hand the message back to RabbitMQ. Celery would requeue a task over its hard limit forever."""
+        super().reject(requeue=requeue and not self.is_over_its_limit)
 
     @contextlib.contextmanager
     def requeued_unless_reported(self) -> Iterator[None]:
@@ -124,7 +134,7 @@ class Request(CeleryRequest):
             yield
         except OperationalError as error:
             logger.critical("The caller of %s cannot be told, so RabbitMQ delivers it again: %s", self, error)
-            self.reject(requeue=True)
+            super().reject(requeue=True)
 
     def cancel(self, pool: Any, signal: Any = None, emit_retry: bool = False) -> None:
         """Stop a task whose connection is lost. RabbitMQ delivers it again.

@@ -26,6 +26,14 @@ class Task(celery.Task):
     #: How long a retry waits, in seconds, also that of a task whose process was killed.
     default_retry_delay = 1
 
+    def on_replace(self, sig: Signature) -> Any:
+        """Send the result of a replacement to the caller. With rpc:// Celery would send it to the worker."""
+        last = sig
+        while last.task in ("celery.chain", "celery.chord"):
+            last = last.body if last.task == "celery.chord" else last.tasks[-1]
+        last.set(reply_to=self.request.reply_to)
+        return super().on_replace(sig)
+
 
 def is_secret(app: celery.Celery, name: object) -> bool:
     """Return whether the arguments of the task of this name are secret. Those of an unknown task are not."""

@@ -116,11 +116,12 @@ class Node(Program):
         return True
 
     def control(self, *arguments: str) -> str:
-        """Run rabbitmqctl, and return what it prints."""
+        """Run rabbitmqctl, and return what it prints. Raises AssertionError with its errors."""
         command = [rabbitmq_program("rabbitmqctl"), *arguments]
         finished = subprocess.run(
-            command, env=self.environment, check=True, capture_output=True, text=True, timeout=60
+            command, env=self.environment, check=False, capture_output=True, text=True, timeout=60
         )
+        assert finished.returncode == 0, finished.stdout + finished.stderr
         return finished.stdout
 
     def queues(self, column: str, host: str = "/") -> dict[str, Any]:

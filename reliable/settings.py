@@ -39,8 +39,10 @@ SETTINGS: dict[str, Any] = {
     "task_retry_on_worker_lost": True,
     # If it cannot be published, RabbitMQ delivers it again. Otherwise it would be lost.
     "task_reject_on_worker_lost": True,
-    # A failed task becomes a dead letter. Otherwise RabbitMQ deletes it.
+    # A failed task becomes a dead letter, and so does one over its hard time limit. Otherwise RabbitMQ
+    # deletes it.
     "task_acks_on_failure": False,
+    "task_acks_on_timeout": False,
     # RabbitMQ redelivers a task that is not acknowledged within 30 minutes, again and again. A task may wait
     # for one other task of the same worker process first. In seconds.
     # https://www.rabbitmq.com/docs/consumers#acknowledgement-timeout

@@ -1,23 +1,23 @@
-"""The consumer of a worker: it connects, receives messages and acknowledges them.
+"""The consumer of a worker: it connects, and declares what it needs.
 
 https://docs.celeryq.dev/en/stable/userguide/extending.html#consumer
 """
 
-from collections.abc import Callable
 from typing import Any
 
 from amqp import AccessRefused, NotAllowed, PreconditionFailed
-from celery.app.task import Context
+from celery.app.task import Task as CeleryTask
 from celery.exceptions import WorkerShutdown
 from celery.utils.log import get_logger
 from celery.worker.consumer import Consumer as CeleryConsumer
 from kombu import Connection, Queue
-from kombu.exceptions import ContentDisallowed, OperationalError
 
 from reliable import topology
 from reliable.acknowledging import AcknowledgesInGroups
 from reliable.delivery import Message
 from reliable.errors import describe_error
+from reliable.publishing import Task
+from reliable.refusing import RefusesMessages
 
 logger = get_logger(__name__)
 
@@ -27,7 +27,7 @@ LOOK_AGAIN = 15
 SWEEP = 10
 
 
-class Consumer(AcknowledgesInGroups):
+class Consumer(AcknowledgesInGroups, RefusesMessages):
     """The consumer of a worker. It declares the topology, and loses no message."""
 
     class Blueprint(CeleryConsumer.Blueprint):
@@ -46,8 +46,30 @@ class Consumer(AcknowledgesInGroups):
     def __init__(self, *args: Any, **options: Any) -> None:
         self.out_of_reach: list[Queue] = []
         super().__init__(*args, **options)
+        pool = type(self.pool).__module__.rpartition(".")[2]
+        if pool == "solo":
+            self.amqheartbeat = 0  # It cannot answer while a task runs; RabbitMQ would close the connection
+        if pool not in ("prefork", "gevent") and self.app.conf.task_time_limit:
+            logger.warning("The pool %s has no time limits: a task that hangs is never stopped", pool)
 
-    # --- Connecting ---
+    def update_strategies(self) -> None:
+        """Prepare to run the tasks, also those of another class than `reliable.Task`."""
+        for task in self.app.tasks.values():
+            if task.Request == CeleryTask.Request:
+                task.Request = Task.Request
+        super().update_strategies()
+
+    def add_task_queue(self, queue: str, *args: Any, **options: Any) -> None:
+        """Consume from one more queue. Forget it if RabbitMQ refuses: the worker could not reconnect."""
+        is_new = queue not in self.app.amqp.queues
+        try:
+            super().add_task_queue(queue, *args, **options)
+        except self.channel_errors:
+            if is_new:
+                self.app.amqp.queues.deselect([queue])
+                self.app.amqp.queues.pop(queue, None)
+            raise
+
     def connect(self) -> Connection:
         """Connect, also after a lost connection, and declare the topology.
 
@@ -104,52 +126,3 @@ class Consumer(AcknowledgesInGroups):
         options = {"confirm_publish": False}
         connection = self.app.connection_for_write(url, heartbeat=heartbeat, transport_options=options)
         return self.ensure_connected(connection)
-
-    # --- Messages that cannot be run become dead letters ---
-    def create_task_handler(self, *args: Any, **options: Any) -> Callable[[Message], None]:
-        """Return what receives a message, and refuses one that is odd. Celery would end the worker."""
-        receive = super().create_task_handler(*args, **options)
-
-        def on_task_received(message: Message) -> None:
-            try:
-                if message.content_type not in (message.accept or ()):
-                    raise ContentDisallowed(f"{message.content_type!r} is not accepted")
-                receive(message)
-            except self.connection_errors:
-                raise
-            except Exception as error:  # noqa: BLE001  (whatever odd headers lead to)
-                self.refuse(message, error)
-
-        return on_task_received
-
-    def refuse(self, message: Message, error: Exception) -> None:
-        """Report an error to the caller, and make its message a dead letter. Celery would acknowledge it."""
-        logger.critical("A message is refused, and becomes a dead letter: %r", str(error))
-        needs_no_ack = message.channel.no_ack_consumers or ()  # The messages of remote control
-        if message.acknowledged or message.delivery_info.get("consumer_tag") in needs_no_ack:
-            return
-        caller = {name: message.properties.get(name) for name in ("reply_to", "correlation_id")}
-        try:
-            if all(isinstance(value, str) for value in caller.values()):
-                self.app.backend.mark_as_failure(caller["correlation_id"], error, request=Context(**caller))
-        except OperationalError as unreported:
-            logger.critical("Its caller cannot be told, so RabbitMQ delivers it again: %s", unreported)
-            message.requeue()
-        else:
-            message.reject_log_error(logger, self.connection_errors)
-
-    def on_decode_error(self, message: Message, exc: Exception) -> None:
-        """Refuse a message whose body cannot be decoded."""
-        self.refuse(message, exc)
-
-    def on_invalid_task(self, body: Any, message: Message, exc: Exception) -> None:
-        """Refuse a message that lacks a part of a task."""
-        self.refuse(message, exc)
-
-    def on_unknown_message(self, body: Any, message: Message) -> None:
-        """Refuse a message that is not a task; Celery would log its body, which may hold secrets."""
-        super().on_unknown_message("(hidden)", message)
-
-    def on_unknown_task(self, body: Any, message: Message, exc: Exception) -> None:
-        """Refuse a task that this worker does not have, and report that to its caller."""
-        super().on_unknown_task("(hidden)", message, exc)

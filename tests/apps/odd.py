@@ -6,6 +6,8 @@ import sys
 import time
 from typing import Any
 
+import celery
+from celery.exceptions import TimeLimitExceeded
 from celery.signals import task_postrun
 from celery.worker.control import inspect_command
 
@@ -44,6 +46,12 @@ def out_of_memory() -> None:
 
 
 @app.task
+def pass_a_time_limit_on() -> None:
+    """Raise TimeLimitExceeded, as a task may that waits for a program of its own."""
+    raise TimeLimitExceeded(5)
+
+
+@app.task
 def lose_a_connection() -> None:
     """Raise an error of the task's own, as of a web service that is down."""
     raise ConnectionError("the bank is away")
@@ -61,6 +69,24 @@ def wait(seconds: float) -> float:
 def wait_with_a_limit(seconds: float) -> float:
     """Take so many seconds, within a limit."""
     return float(wait(seconds))
+
+
+@app.task(base=celery.Task, time_limit=1)
+def wait_as_a_plain_task() -> None:
+    """Exceed the hard limit in a task of Celery's own class."""
+    time.sleep(30)
+
+
+@app.task
+def complain() -> None:
+    """Run as `link_error` of another task."""
+    print("complained", file=sys.stderr)
+
+
+@app.task(bind=True)
+def replace(self: Task, in_a_chain: bool) -> Any:
+    """Have another task return the length of "four", or that of its number of digits."""
+    raise self.replace(text.s(4) | size.s() if in_a_chain else size.s("four"))
 
 
 @app.task(time_limit=3600)

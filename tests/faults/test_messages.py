@@ -60,8 +60,18 @@ def _the_worker_goes_on(request: pytest.FixtureRequest) -> Iterator[None]:
         ("odd.text.delay(20 * 2**20)", "PreconditionFailed"),
         ("odd.out_of_memory.delay()", "MemoryError"),
         ("odd.wait_with_a_limit.delay(30)", "TimeLimitExceeded"),
+        ("odd.wait_as_a_plain_task.delay()", "TimeLimitExceeded"),
+        ("odd.pass_a_time_limit_on.delay()", "TimeLimitExceeded"),
     ],
-    ids=["wrong arguments", "result not JSON", "result too large", "out of memory", "over its time limit"],
+    ids=[
+        "wrong arguments",
+        "result not JSON",
+        "result too large",
+        "out of memory",
+        "over its time limit",
+        "the same, of Celery's class",
+        "a time limit of its own",
+    ],
 )
 def test_a_task_that_fails_is_an_error_for_its_caller_and_a_dead_letter(
     odd: Odd, task: str, error: str
@@ -96,6 +106,35 @@ def test_a_retry_with_a_short_countdown_is_not_lost(odd: Odd) -> None:
     assert odd.call("print(odd.retry_soon.delay().get(timeout=20))").stdout == "1\n"
 
 
+def test_a_time_limit_runs_link_error_once(odd: Odd) -> None:
+    before = odd.log.read_text().count("complained\n")
+    failed = odd.call(
+        "odd.wait_with_a_limit.apply_async((30,), link_error=odd.complain.si()).get(timeout=20)"
+    )
+    assert "TimeLimitExceeded" in failed.stderr
+    take(odd.url, "dead-letters")
+    # Then a second one would have run before this one has
+    odd.call("odd.complain.delay().get(timeout=20)")
+    assert odd.log.read_text().count("complained\n") == before + 2
+
+
+@pytest.mark.parametrize("in_a_chain", [False, True])
+def test_the_result_of_a_replacement_reaches_the_caller(odd: Odd, in_a_chain: bool) -> None:
+    assert odd.call(f"print(odd.replace.delay({in_a_chain}).get(timeout=20))").stdout == "4\n"
+
+
+def test_a_queue_that_rabbitmq_refuses_does_not_stop_a_worker(odd: Odd) -> None:
+    # Given a broadcast that names a queue, and the exchange of the tasks with another type
+    code = (
+        "arguments = {'queue': 'other', 'exchange': 'tasks', 'exchange_type': 'direct'}\n"
+        "tasks.app.control.broadcast('add_consumer', arguments, reply=True, limit=1)"
+    )
+    before = odd.log.read_text().count("Connected to")
+    odd.call(code)
+    # Then the worker, whose connection RabbitMQ closes for that, connects once more
+    until(lambda: odd.log.read_text().count("Connected to") == before + 1)
+
+
 def test_a_message_that_a_worker_refuses_is_an_error_for_its_caller(odd: Odd) -> None:
     # Given a message that did not come through the delay queues, as a foreign program may publish it
     code = (
@@ -103,10 +142,13 @@ def test_a_message_that_a_worker_refuses_is_an_error_for_its_caller(odd: Odd) ->
         "stock = celery.Celery('stock', broker=tasks.app.conf.broker_url, backend='rpc://')\n"
         "stock.conf.update(task_default_queue='default', task_create_missing_queues=True)\n"
         "stock.amqp.queues['default'].no_declare = True\n"
-        "stock.send_task('apps.odd.size', ('x',), countdown=86_400).get(timeout=20)"
+        "options = {'countdown': 86_400, 'link_error': odd.complain.si()}\n"
+        "stock.send_task('apps.odd.size', ('x',), **options).get(timeout=20)"
     )
+    before = odd.log.read_text().count("complained\n")
     assert "the eta is far away" in odd.call(code).stderr
     take(odd.url, "dead-letters")
+    until(lambda: odd.log.read_text().count("complained\n") == before + 1)
 
 
 def test_five_mebibytes_there_and_back(odd: Odd) -> None:
@@ -261,10 +303,10 @@ def test_a_caller_that_publishes_for_longer_than_its_results_last(odd: Odd) -> N
         "while time.monotonic() - started < 10:\n"
         "    calls.append(odd.size.delay('four'))\n"
         "    time.sleep(0.2)\n"
-        "print({call.get(timeout=20) for call in calls})"
+        "print({call.get(timeout=20) for call in calls[-5:]}, len(tasks.app.backend._pending_messages) < 30)"
     )
-    # Then all results are there when the caller asks for the first
-    assert odd.call(code).stdout == "{4}\n"
+    # Then its queue is still there, with the results of the last seconds and no others
+    assert odd.call(code).stdout == "{4} True\n"
 
 
 def test_a_caller_that_was_idle_until_its_reply_queue_expired(odd: Odd, session_node: Node) -> None:
@@ -333,7 +375,7 @@ def test_what_a_worker_cannot_report_is_delivered_again(node: Node, tmp_path: Pa
         caller.declare()
         os.kill(worker.process.pid, signal.SIGSTOP)
         body, task = (
-            (b"[[30], {}, {}]", "apps.odd.wait_with_a_limit") if is_json else (b"not JSON", "tasks.add")
+            (b"[[300], {}, {}]", "apps.odd.wait_with_a_limit") if is_json else (b"not JSON", "tasks.add")
         )
         headers = {"task": task, "id": "1"}
         kind = {"content_type": "application/json", "content_encoding": "utf-8", "headers": headers}

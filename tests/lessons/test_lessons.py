@@ -314,8 +314,15 @@ def test_a_message_that_no_binding_matches_is_kept(rabbitmq: str, shop: Any) -> 
             {"content_type": "application/json", "headers": {"task": "tasks.no_such", "id": "1"}},
         ),
         (b'{"no": "headers"}', {"content_type": "application/json"}),
+        (
+            b"[[1, 1], {}, {}]",
+            {
+                "content_type": "application/json",
+                "headers": {"task": "tasks.add", "id": "1", "_get_custom_headers": 5},
+            },
+        ),
     ],
-    ids=["not JSON", "pickle", "unknown task", "no headers"],
+    ids=["not JSON", "pickle", "unknown task", "no headers", "a header with the name of a method"],
 )
 def test_a_message_that_is_no_task_becomes_a_dead_letter(
     rabbitmq: str, worker: Worker, shop: Any, body: bytes, properties: dict[str, Any]

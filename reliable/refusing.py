@@ -1,0 +1,108 @@
+"""Messages that a worker cannot run: each becomes a dead letter, and its caller gets an error.
+
+Celery acknowledges such a message, so that it is lost, or the worker ends.
+"""
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+from celery.app.task import Context
+from celery.exceptions import WorkerLostError
+from celery.utils.log import get_logger
+from celery.worker.consumer import Consumer
+from kombu.exceptions import ContentDisallowed, OperationalError
+
+from reliable.delivery import Message
+
+logger = get_logger(__name__)
+
+#: How often RabbitMQ may hand out a message for each time that its queue may deliver it again. It counts a
+#: message that comes back from a worker in good order, or after an acknowledgement time-out, in its own way
+#: since RabbitMQ 4.3.
+ACQUISITIONS = 5
+
+
+class RefusesMessages(Consumer):
+    """A consumer that makes a dead letter of what it cannot run, and reports that to the caller."""
+
+    def create_task_handler(self, *args: Any, **options: Any) -> Callable[[Message], None]:
+        """Return what receives a message, and refuses one that is odd. Celery would end the worker."""
+        receive = super().create_task_handler(*args, **options)
+
+        def on_task_received(message: Message) -> None:
+            try:
+                if message.content_type not in (message.accept or ()):
+                    raise ContentDisallowed(f"{message.content_type!r} is not accepted")
+                if self.is_last_delivery(message):
+                    raise WorkerLostError("It was delivered too often: it may have killed each worker")
+                receive(message)
+            except self.connection_errors:
+                raise
+            except Exception as error:  # noqa: BLE001  (whatever odd headers lead to)
+                self.refuse(message, error)
+
+        return on_task_received
+
+    def is_last_delivery(self, message: Message) -> bool:
+        """Return whether RabbitMQ would give up on this message if it came back once more.
+
+        RabbitMQ cannot tell the caller, so a worker does it. Without this, a task that kills its whole worker
+        each time would leave its caller waiting.
+        """
+        name = message.delivery_info["routing_key"].rpartition(".")[2]  # The delay queues put bits before it
+        queue = self.app.amqp.queues.get(name)
+        limit = ((queue and queue.queue_arguments) or {}).get("x-delivery-limit")
+        if not limit:
+            return False
+        deliveries, acquisitions = (
+            message.headers.get(f"x-{count}-count", 0) for count in ("delivery", "acquired")
+        )
+        return bool(deliveries >= limit or acquisitions >= ACQUISITIONS * limit)
+
+    def refuse(self, message: Message, error: Exception) -> None:
+        """Report an error to the caller, and make its message a dead letter."""
+        logger.critical("A message is refused, and becomes a dead letter: %r", str(error))
+        needs_no_ack = message.channel.no_ack_consumers or ()  # The messages of remote control
+        if message.acknowledged or message.delivery_info.get("consumer_tag") in needs_no_ack:
+            return
+        try:
+            self.report(message, error)
+        except OperationalError as unreported:
+            logger.critical("Its caller cannot be told, so RabbitMQ delivers it again: %s", unreported)
+            message.requeue()
+            return
+        except Exception:  # Odd parts of the message
+            logger.exception("Its caller cannot be told")
+        message.reject_log_error(logger, self.connection_errors)
+
+    def report(self, message: Message, error: Exception) -> None:
+        """Report an error to the caller of a message, and run the tasks of its `link_error`.
+
+        Raises:
+            kombu.exceptions.OperationalError: RabbitMQ does not accept the report.
+        """
+        reply_to, task_id = (message.properties.get(name) for name in ("reply_to", "correlation_id"))
+        if not (isinstance(reply_to, str) and isinstance(task_id, str)):
+            return
+        request = Context(id=task_id, reply_to=reply_to, correlation_id=task_id, delivery_info={})
+        with contextlib.suppress(Exception):  # Its body may be anything
+            *_, options = message.payload
+            request.update(errbacks=options["errbacks"], chain=options["chain"])
+        self.app.backend.mark_as_failure(task_id, error, request=request)
+
+    def on_decode_error(self, message: Message, exc: Exception) -> None:
+        """Refuse a message whose body cannot be decoded."""
+        self.refuse(message, exc)
+
+    def on_invalid_task(self, body: Any, message: Message, exc: Exception) -> None:
+        """Refuse a message that lacks a part of a task."""
+        self.refuse(message, exc)
+
+    def on_unknown_message(self, body: Any, message: Message) -> None:
+        """Refuse a message that is not a task; Celery would log its body, which may hold secrets."""
+        super().on_unknown_message("(hidden)", message)
+
+    def on_unknown_task(self, body: Any, message: Message, exc: Exception) -> None:
+        """Refuse a task that this worker does not have, and report that to its caller."""
+        super().on_unknown_task("(hidden)", message, exc)
