@@ -13,9 +13,9 @@ from tasks import app
 
 
 @app.task
-def note(number: int) -> int:
-    """Take a hundredth of a second, and write a number and the time to the ledger."""
-    time.sleep(0.01)
+def note(number: int, seconds: float = 0.01) -> int:
+    """Take so many seconds, and write a number and the time to the ledger."""
+    time.sleep(seconds)
     ledger = os.open(os.environ["LEDGER"], os.O_WRONLY | os.O_APPEND | os.O_CREAT)
     os.write(ledger, b"%d %f\n" % (number, time.time()))
     os.close(ledger)
@@ -36,14 +36,14 @@ def linger(self: Task) -> str:
     return "finished"
 
 
-def publish(number: int, pace: float) -> None:
-    """Publish so many tasks, one every `pace` seconds, and print what became of them and their results."""
+def publish(number: int, pace: float, seconds: float = 0.01) -> None:
+    """Publish so many tasks of some seconds, one every `pace` seconds, and print what became of them."""
     results: dict[int, Any] = {}
     refused: list[str] = []
     for one in range(number):
         time.sleep(pace)
         try:
-            results[one] = note.delay(one)
+            results[one] = note.delay(one, seconds)
         except OperationalError as error:
             refused.append(repr(error))
         print(len(results), flush=True)
@@ -54,4 +54,4 @@ def publish(number: int, pace: float) -> None:
 if __name__ == "__main__":
     from apps import ledger  # Under its own name, so that the tasks have theirs
 
-    ledger.publish(int(sys.argv[1]), float(sys.argv[2]))
+    ledger.publish(int(sys.argv[1]), *map(float, sys.argv[2:]))
