@@ -77,7 +77,7 @@ class Celery(celery.Celery):
 
     task_cls = "reliable.publishing:Task"
     control_cls = Control
-    loader_cls = Loader
+    loader_cls = "reliable.app:Loader"  # A string, which Celery expects where Django is configured
     topology_is_declared = False
 
     def on_init(self) -> None:

@@ -9,6 +9,7 @@ from itertools import takewhile
 from typing import Any
 
 from amqp import AMQPError
+from celery.backends.asynchronous import Drainer
 from celery.backends.rpc import ResultConsumer as CeleryResultConsumer
 from kombu import Message
 from kombu.exceptions import OperationalError
@@ -17,9 +18,6 @@ from kombu.exceptions import OperationalError
 TURN = 0.1
 #: How long to wait before connecting again, in seconds.
 RECONNECT = 0.5
-#: After how long without a message to ask whether RabbitMQ is still there, in seconds. Otherwise a connection
-#: that a firewall has dropped makes a program deaf.
-SILENCE = 30
 
 
 class ResultConsumer(CeleryResultConsumer):
@@ -30,10 +28,12 @@ class ResultConsumer(CeleryResultConsumer):
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
+        # Under gevent and eventlet Celery receives in a greenlet of its own, which would keep the lock.
+        self.drainer = Drainer(self)
         #: Held by the thread that receives for all threads of the program.
         self.lock = threading.RLock()
-        #: When a result came last, and when RabbitMQ sent anything, in seconds.
-        self.last_result = self.last_heard = time.monotonic()
+        #: When a result came last, in seconds.
+        self.last_result = time.monotonic()
         #: When the last state of each task came.
         self.unread: dict[str, float] = {}
 
@@ -74,27 +74,38 @@ class ResultConsumer(CeleryResultConsumer):
         with self.lock:
             try:
                 if not self.is_consuming:
-                    self.start("", no_ack=False)
-                    self._consumer.register_callback(lambda _, message: message.ack())
-                    self.last_heard = time.monotonic()
-                if time.monotonic() - self.last_heard > SILENCE:
-                    self._consumer.qos(prefetch_count=0)  # It waits for an answer
-                    self.last_heard = time.monotonic()
+                    self.connect()
             except (AMQPError, OperationalError, OSError):
+                time.sleep(RECONNECT)
                 self.disconnect()
             try:
+                if self._connection.supports_heartbeats:
+                    self._connection.heartbeat_check()
                 self._connection.drain_events(timeout=timeout)
-                self.last_heard = time.monotonic()
             except TimeoutError:
                 raise
             except (AMQPError, OperationalError, OSError):
                 self.disconnect()
 
+    def connect(self) -> None:
+        """Consume from the reply queue over a connection of its own.
+
+        Its heartbeats tell both ends that a firewall has cut it. Otherwise this program is deaf, and RabbitMQ
+        keeps sending results there. RabbitMQ also closes it while this program does not receive.
+        """
+        self._connection = self.app.connection(heartbeat=self.app.conf.broker_heartbeat)
+        self._consumer = self.Consumer(
+            self._connection.default_channel,
+            [self.backend.binding],
+            callbacks=[self.on_state_change, lambda _, message: message.ack()],
+            accept=self.accept,
+        )
+        self._consumer.consume()
+
     def disconnect(self) -> None:
-        """Drop a connection that failed, and wait before the next attempt. Raises TimeoutError."""
+        """Drop a connection that failed. Raises TimeoutError."""
         self._connection.collect()
         self._connection = self._consumer = None
-        time.sleep(RECONNECT)
         raise TimeoutError from None
 
     def on_state_change(self, meta: dict[str, Any], message: Message) -> None:

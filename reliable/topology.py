@@ -33,21 +33,31 @@ TASKS = Exchange("tasks", "topic", arguments={"alternate-exchange": UNROUTED.exc
 #: The arguments of a quorum queue for tasks. The limit ends a task that kills its whole worker each time, and
 #: at-least-once keeps a dead letter from being lost on its way.
 QUORUM_QUEUE = QUORUM | {"x-delivery-limit": 20, "x-dead-letter-strategy": "at-least-once"}
+#: How much later than the end of two tasks a worker may acknowledge the second, in milliseconds.
+ACKNOWLEDGING = 120_000
 #: How long to wait for the node of a classic queue, in seconds. Without a limit it can be a minute.
 NODE_TIMEOUT = 2
 
 
-def work_queue(name: str, arguments: dict[str, Any] = QUORUM_QUEUE) -> Queue:
+def work_queue(name: str, arguments: dict[str, Any] = QUORUM_QUEUE, time_limit: float | None = None) -> Queue:
     """Describe a queue for tasks. It keeps the tasks that fail, and refuses messages when it is full.
 
     Args:
         name: also the routing key. The program exits if it has a dot, since a queue `low` would also receive
             the delayed tasks of a queue `mail.low`.
         arguments: the optional arguments of the queue.
+        time_limit: the longest `time_limit` of its tasks, in seconds, if that is above 14 minutes. RabbitMQ
+            then waits for the acknowledgement of one task and of another that runs before it. It has this
+            argument since 3.12; for an older one, set `consumer_timeout` in rabbitmq.conf.
     """
     if "." in name:
         exit_now(f"The queue name {name!r} has a dot", "use another character, such as '-'")
-    always = {"x-dead-letter-exchange": DEAD_LETTERS.exchange.name, "x-overflow": "reject-publish"}
+    always: dict[str, Any] = {
+        "x-dead-letter-exchange": DEAD_LETTERS.exchange.name,
+        "x-overflow": "reject-publish",
+    }
+    if time_limit:
+        always["x-consumer-timeout"] = round(2000 * time_limit + ACKNOWLEDGING)
     return Queue(name, TASKS, routing_key=name, queue_arguments=always | arguments)
 
 
@@ -70,6 +80,7 @@ def is_out_of_reach(app: celery.Celery, queue: Queue) -> bool:
     options = {"read_timeout": NODE_TIMEOUT}
     try:
         with app.connection_for_write(transport_options=options) as connection:
+            connection.ensure_connection(**app.conf.task_publish_retry_policy)
             queue(connection.channel()).declare()
     except (NotFound, TimeoutError):
         logger.warning("The queue %s is out of reach: its RabbitMQ node is down", queue.name)

@@ -46,11 +46,21 @@ class Consumer(AcknowledgesInGroups, RefusesMessages):
     def __init__(self, *args: Any, **options: Any) -> None:
         self.out_of_reach: list[Queue] = []
         super().__init__(*args, **options)
-        pool = type(self.pool).__module__.rpartition(".")[2]
+        pool = type(self.pool).__module__.rpartition(".")[2]  # Such as "prefork" or "thread"
         if pool == "solo":
             self.amqheartbeat = 0  # It cannot answer while a task runs; RabbitMQ would close the connection
         if pool not in ("prefork", "gevent") and self.app.conf.task_time_limit:
-            logger.warning("The pool %s has no time limits: a task that hangs is never stopped", pool)
+            logger.warning("A %s pool has no time limits: a task that hangs is never stopped", pool)
+
+    @property
+    def max_prefetch_count(self) -> int:
+        """Return how many messages to prefetch after a reconnect: enough for `--autoscale` to grow again.
+
+        Celery's own number is for the processes of that moment. With one of them the worker never grows.
+        """
+        autoscaler = self.controller.autoscaler
+        processes = autoscaler.max_concurrency if autoscaler else self.pool.num_processes
+        return processes * self.prefetch_multiplier
 
     def update_strategies(self) -> None:
         """Prepare to run the tasks, also those of another class than `reliable.Task`."""

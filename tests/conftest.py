@@ -19,7 +19,7 @@ from xdist.scheduler import LoadScopeScheduling
 from reliable.testing import Worker
 
 #: Files whose tests share a fixture, or build on one another: one process runs all tests of such a file.
-TOGETHER = ("test_readme.py", "test_browser.py", "test_messages.py", "test_security.py")
+TOGETHER = ("test_readme.py", "test_browser.py", "test_callers.py", "test_messages.py", "test_security.py")
 #: The tests that take longest start first, so that several processes end at about the same time.
 LONGEST = ("docs/", "faults/test_faults", "faults/", "lessons/test_dead_letters")
 

@@ -378,6 +378,17 @@ def test_acknowledgements_go_in_groups_and_none_is_forgotten(
 
 
 # --- Publishing in bulk -------------------------------------------------------------------------
+def test_bulk_publishing_takes_chains_and_sends_events(worker: Worker, shop: Any, rabbitmq: str) -> None:
+    code = (
+        "import tasks\n"
+        "tasks.app.conf.task_send_sent_event = True\n"
+        "chain = tasks.add.s(1, 1) | tasks.add.s(1)\n"
+        "result = chain.freeze()\n"
+        "print(tasks.app.publish_in_bulk([chain, tasks.check_price.s(1)]), result.get(timeout=20))"
+    )
+    assert python("-c", code, CELERY_BROKER_URL=rabbitmq).stdout == "2 3\n"
+
+
 def test_bulk_publishing_publishes_each_task_once(fresh: str) -> None:
     # Given no worker, and more tasks than fit the window
     code = (

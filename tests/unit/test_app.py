@@ -1,12 +1,14 @@
 """The app: its settings, and that it changes nothing for others in the process."""
 
 import pickle
+from datetime import datetime
+from zoneinfo import ZoneInfo
 
 import pytest
 from celery.app.defaults import DEFAULTS
 from programs import python
 
-from reliable import Celery
+from reliable import Celery, publishing
 from reliable.settings import SETTINGS
 from reliable.topology import work_queue
 
@@ -57,6 +59,16 @@ def test_a_queue_name_with_a_dot_is_refused(capsys: pytest.CaptureFixture[str]) 
     what, fix = capsys.readouterr().err.splitlines()
     assert "'mail.low'" in what
     assert fix.startswith("Fix: ")
+
+
+def test_an_eta_across_a_change_of_clocks_is_not_an_hour_off() -> None:
+    app = Celery("one", set_as_current=False)
+    app.conf.timezone = "Europe/Berlin"
+    # Given the evening before the clocks go back at three o'clock
+    app.now = lambda: datetime(2026, 10, 24, 20, tzinfo=ZoneInfo("Europe/Berlin"))
+    options = {"eta": datetime(2026, 10, 25, 8, tzinfo=ZoneInfo("Europe/Berlin"))}
+    publishing.prepare(app, "task", options)
+    assert options == {"countdown": 13 * 60 * 60}
 
 
 def test_tasks_run_eagerly_without_rabbitmq() -> None:

@@ -1,0 +1,231 @@
+"""Programs that call tasks: web servers, threads and greenlets. Each one gets its results."""
+
+import shutil
+import socket
+import sys
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from urllib.parse import urlsplit
+from urllib.request import urlopen
+
+import pytest
+from programs import PATHS, PROJECT, python, start_python
+
+from reliable.rabbitmq_node import Program, clean_environment, free_port
+from reliable.testing import Worker, until
+
+pytestmark = pytest.mark.usefixtures("worker")
+
+
+# --- Web servers --------------------------------------------------------------------------------
+class Server(Program):
+    """A web server on a free port, with its log in a file.
+
+    Args:
+        url: the broker URL.
+        folder: where the log goes, and where Python looks for modules first.
+        arguments: of Python, in which `PORT` stands for the port.
+    """
+
+    def __init__(self, url: str, folder: Path, arguments: str) -> None:
+        self.port = free_port()
+        paths = f"{folder}:{PATHS['PYTHONPATH']}"
+        environment = clean_environment(CELERY_BROKER_URL=url, PYTHONPATH=paths)
+        command = [sys.executable, *arguments.replace("PORT", str(self.port)).split()]
+        super().__init__(command, folder / "server.log", envvars=environment, timeout=60)  # Seconds
+
+    def get(self, path: object) -> str:
+        """Request a page."""
+        with urlopen(f"http://127.0.0.1:{self.port}/{path}", timeout=60) as answer:
+            return str(answer.read().decode())
+
+    def after_start_check(self) -> bool:
+        """Return whether it answers."""
+        try:
+            return self.get(0) == "1"
+        except OSError:
+            return False
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "-m gunicorn --preload --workers 3 --bind 127.0.0.1:PORT apps.wsgi_page:page",
+        "-m uvicorn --port PORT apps.asgi_page:page",
+    ],
+    ids=["gunicorn --preload", "uvicorn"],
+)
+def test_a_web_server_gets_its_results(arguments: str, rabbitmq: str, tmp_path: Path) -> None:
+    with Server(rabbitmq, tmp_path, arguments) as server:
+        check(server)
+
+
+@pytest.mark.parametrize(
+    ("module", "arguments"),
+    [
+        ("flask_page", "-m flask --app flask_page run --reload --port PORT"),
+        ("django_page", "-m django runserver --settings django_page 127.0.0.1:PORT"),
+    ],
+    ids=["Flask", "Django"],
+)
+def test_a_development_server_gets_its_results(
+    module: str, arguments: str, rabbitmq: str, tmp_path: Path
+) -> None:
+    # Given a server with a thread for each request
+    file = Path(shutil.copy(PROJECT / "tests" / "apps" / f"{module}.py", tmp_path))
+    with Server(rabbitmq, tmp_path, arguments) as server:
+        check(server)
+        # When it loads a changed file, then it still does
+        file.write_text(file.read_text().replace("VERSION = 1", "VERSION = 2"))
+        until(lambda: server.after_start_check() and server.get("version") == "2")
+        check(server)
+
+
+def check(server: Server) -> None:
+    """Check that requests at the same time get their own results, also when a worker process is killed."""
+    with ThreadPoolExecutor(4) as pool:
+        label = pool.submit(server.get, "label")
+        assert list(pool.map(server.get, range(30))) == [str(number + 1) for number in range(30)]
+        assert label.result() == "printed"
+
+
+# --- Threads and greenlets ----------------------------------------------------------------------
+def test_threads_one_after_another_get_their_results_over_the_same_connections(rabbitmq: str) -> None:
+    code = """
+import threading, psutil, tasks
+sums, connections = [], []
+for number in range(40):
+    call = lambda: sums.append(tasks.add.delay(number, 1).get(timeout=5))
+    thread = threading.Thread(target=call)
+    thread.start()
+    thread.join()
+    connections.append(len(psutil.Process().net_connections()))
+print(sums == list(range(1, 41)), connections[0] == connections[-1])
+"""
+    assert python("-c", code, CELERY_BROKER_URL=rabbitmq).stdout == "True True\n"
+
+
+def test_a_thread_gets_the_result_of_another_threads_call(rabbitmq: str) -> None:
+    code = """
+from concurrent.futures import ThreadPoolExecutor
+import tasks
+get = lambda id: tasks.app.AsyncResult(id).get(timeout=5)
+id_of_call = lambda: tasks.add.delay(1, 1).id
+with ThreadPoolExecutor(1) as first, ThreadPoolExecutor(1) as second:
+    print(second.submit(get, first.submit(id_of_call).result()).result())
+    print(first.submit(get, second.submit(id_of_call).result()).result())
+    print(get(first.submit(id_of_call).result()))
+"""
+    assert python("-c", code, CELERY_BROKER_URL=rabbitmq).stdout == "2\n2\n2\n"
+
+
+def test_a_thread_that_waits_does_not_keep_others_from_asking(rabbitmq: str) -> None:
+    # Given a thread that waits for a slow task
+    code = """
+from concurrent.futures import ThreadPoolExecutor
+import tasks
+with ThreadPoolExecutor(1) as pool:
+    waits = pool.submit(tasks.send_email.delay("Ada", 4).get, timeout=20)
+    result = tasks.add.delay(1, 1)
+    while not result.ready(): pass
+    for _ in range(20): result.ready(), result.state, tasks.app.AsyncResult("unknown").state
+    print(result.get(timeout=5), waits.done(), waits.result())
+"""
+    # Then another one asks dozens of times before the task ends
+    assert python("-c", code, CELERY_BROKER_URL=rabbitmq).stdout == "2 False sent to Ada\n"
+
+
+@pytest.mark.parametrize(
+    ("patch", "pool"),
+    [
+        ("import gevent.monkey, gevent.pool; gevent.monkey.patch_all()", "gevent.pool.Pool"),
+        ("import eventlet; eventlet.monkey_patch()", "eventlet.GreenPool"),
+    ],
+    ids=["gevent", "eventlet"],
+)
+def test_greenlets_get_their_results(patch: str, pool: str, rabbitmq: str) -> None:
+    code = f"""
+{patch}
+import tasks
+call = lambda number: tasks.add.delay(number, 1).get(timeout=5)
+print(call(0), call(1), call(2), *{pool}(5).imap(call, range(3, 30)))
+"""
+    finished = python("-c", code, CELERY_BROKER_URL=rabbitmq)
+    assert finished.stdout.split() == [str(number) for number in range(1, 31)], finished.stderr
+
+
+# --- A connection that went silent --------------------------------------------------------------
+class Firewall:
+    """A TCP proxy that forgets its connections, and drops what comes over them, without a word."""
+
+    def __init__(self, host: str, port: int) -> None:
+        self.target, self.forgotten = (host, port), set[socket.socket]()
+        self.server = socket.create_server(("127.0.0.1", 0))
+        self.port, self.connections = self.server.getsockname()[1], list[socket.socket]()
+        threading.Thread(target=self.accept, daemon=True).start()
+
+    def accept(self) -> None:
+        """Connect each client with the target."""
+        while True:
+            try:
+                client, _ = self.server.accept()
+            except OSError:
+                return
+            target = socket.create_connection(self.target)
+            self.connections += [client, target]
+            for pair in ((client, target), (target, client)):
+                threading.Thread(target=self.copy, args=pair, daemon=True).start()
+
+    def copy(self, source: socket.socket, sink: socket.socket) -> None:
+        """Pass on what comes."""
+        try:
+            while data := source.recv(65536):
+                if source not in self.forgotten:
+                    sink.sendall(data)
+        except OSError:
+            pass
+
+    def forget(self) -> None:
+        """Drop what comes over the connections of now."""
+        self.forgotten.update(self.connections)
+
+    def close(self) -> None:
+        """Close all connections."""
+        for connection in (self.server, *self.connections):
+            connection.close()
+
+
+@pytest.fixture
+def firewall(rabbitmq: str) -> Iterator[Firewall]:
+    """Run a firewall between a caller and RabbitMQ."""
+    where = urlsplit(rabbitmq)
+    firewall = Firewall(where.hostname or "", where.port or 5672)
+    yield firewall
+    firewall.close()
+
+
+def test_a_result_comes_after_a_connection_went_silent(
+    rabbitmq: str, firewall: Firewall, worker: Worker
+) -> None:
+    # Given a caller and a RabbitMQ that notice silence after seconds
+    code = """
+import tasks
+tasks.app.conf.broker_heartbeat = 1
+tasks.app.conf.broker_transport_options |= {"read_timeout": 2}
+print(tasks.add.delay(1, 1).get(timeout=5))
+result = tasks.send_email.delay("Ada", 1)
+print("called")
+input()
+print(result.get(timeout=50))
+print(tasks.add.delay(1, 2).get(timeout=50))
+"""
+    url = rabbitmq.replace(str(urlsplit(rabbitmq).port), str(firewall.port))
+    with start_python("-c", code, CELERY_BROKER_URL=url) as caller:
+        assert caller.stdout
+        assert [caller.stdout.readline() for _ in range(2)] == ["2\n", "called\n"]
+        # When its connections go silent before a result comes
+        firewall.forget()
+        # Then it gets that result, and others
+        assert caller.communicate("\n", timeout=60)[0] == "sent to Ada\n3\n"

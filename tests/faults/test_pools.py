@@ -1,0 +1,100 @@
+"""Worker pools that people use: a worker of each kind is killed, and loses no task and no result."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from programs import PATHS, python, start_python
+
+from reliable.rabbitmq_node import Node
+from reliable.testing import Worker, take, until
+
+#: Short tasks, one that is retried, and one that is due later.
+CALLS = """
+import tasks
+results = [tasks.send_email.delay(str(number), 0.2) for number in range(30)]
+results += [tasks.charge_card.delay("order", busy=1), tasks.remind.apply_async(("Ada",), countdown=2)]
+print(len([result.get(timeout=60) for result in results]))
+"""
+
+
+class Multi(Worker):
+    """Two worker nodes, which `celery multi` starts in the background."""
+
+    def __init__(self, app: str, url: str, folder: Path, *arguments: str, **variables: str) -> None:
+        super().__init__(app, url, folder, *arguments, **variables)
+        self.name = "test1@localhost,test2@localhost"
+        self.nodes = [*self.name.split(","), f"--pidfile={folder}/%n.pid", f"--logfile={folder}/%n.log"]
+        celery = [sys.executable, "-m", "celery", "-A", app]
+        self.command_parts = [*celery, "multi", "start", *self.nodes, "-linfo", *arguments]
+
+    def kill(self, *_: Any, **__: Any) -> "Multi":
+        """Kill the nodes, and wait until they are gone: a node does not start while another has its file."""
+        processes = [int(file.read_text()) for file in self.log.parent.glob("*.pid")]
+        super().kill()
+        until(lambda: not any(psutil.pid_exists(process) for process in processes))
+        return self
+
+    def stop(self, *_: Any, **__: Any) -> "Multi":
+        """Wait until the nodes have finished their tasks."""
+        command = [sys.executable, "-m", "celery", "multi", "stopwait", *self.nodes]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, timeout=60)
+        return self
+
+
+@pytest.mark.parametrize(
+    ("kind", "arguments"),
+    [
+        (Worker, "--autoscale=4,1"),
+        (Worker, "--pool=gevent -c4"),
+        (Worker, "--pool=eventlet -c4"),
+        (Multi, "-c2"),
+    ],
+    ids=["autoscale", "gevent", "eventlet", "multi"],
+)
+def test_a_killed_worker_loses_nothing(
+    kind: type[Worker], arguments: str, session_node: Node, fresh: str, tmp_path: Path
+) -> None:
+    def finished() -> int:
+        return sum(log.read_text().count(" succeeded in ") for log in tmp_path.glob("*.log"))
+
+    # Given a caller that waits for results
+    with (
+        kind("tasks", fresh, tmp_path, *arguments.split(), **PATHS) as worker,
+        start_python("-c", CALLS, CELERY_BROKER_URL=fresh) as caller,
+    ):
+        # When the worker is killed while it runs tasks, and started again
+        until(lambda: finished() >= 5)
+        worker.kill()
+        assert finished() < 30
+        worker.start()
+        # Then all results arrive
+        assert caller.communicate(timeout=60) == ("32\n", "")
+        # And no queue holds a message, also none that is not acknowledged
+        until(lambda: not any(session_node.queues("messages", tmp_path.name).values()))
+
+
+def test_autoscale_grows_after_a_lost_connection(session_node: Node, fresh: str, tmp_path: Path) -> None:
+    # Given a worker that has reconnected while it had one process
+    with Worker("tasks", fresh, tmp_path, "--autoscale=4,1", **PATHS) as worker:
+        session_node.control("close_all_connections", "-p", tmp_path.name, "a test")
+        # When several tasks wait, then it starts more processes
+        code = "import tasks\nfor _ in range(8): tasks.send_email.delay('Ada', 0.5)"
+        python("-c", code, CELERY_BROKER_URL=fresh)
+        until(lambda: "Scaling up" in worker.log.read_text())
+
+
+def test_a_greenlet_over_its_hard_time_limit_is_a_dead_letter(fresh: str, tmp_path: Path) -> None:
+    # Given a worker with greenlets
+    with Worker("tasks", fresh, tmp_path, "--pool=gevent", "-c2", **PATHS) as worker:
+        # When a task takes too long
+        code = "import tasks\ntasks.draw_stubborn_label.delay(30).get(timeout=20)"
+        failed = python("-c", code, CELERY_BROKER_URL=fresh)
+        # Then its caller gets an error, it is a dead letter, and it ran once
+        assert "TimeLimitExceeded" in failed.stderr.splitlines()[-1]
+        (letter,) = take(fresh, "dead-letters")
+        assert letter.headers["task"] == "tasks.draw_stubborn_label"
+        assert worker.log.read_text().count("received") == 1
