@@ -12,6 +12,7 @@ The way of a task, and the module to read at each step:
     topology       the exchanges and queues that the message goes through
     worker         a worker connects, and receives the message
     refusing       it refuses what it cannot run
+    alive          it touches a file, for a health check
     acknowledging  it acknowledges messages in groups
     delivery       a process runs the task; each way to fail ends in one place
     results        the result goes back to the caller

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from typing import Any, ClassVar
 
 import celery
+import click
 from celery.app.control import Control as CeleryControl
 from celery.loaders.app import AppLoader
 from kombu import Queue, pools
@@ -81,11 +82,13 @@ class Celery(celery.Celery):
     topology_is_declared = False
 
     def on_init(self) -> None:
-        """Prepare to add the settings of this package, and for a fork."""
+        """Prepare to add the settings of this package, for a fork, and add an option to `celery worker`."""
         self.on_after_configure.connect(add_settings)
         if hasattr(os, "register_at_fork"):  # Not on Windows
             reference = weakref.ref(self)
             os.register_at_fork(after_in_child=lambda: start_anew(reference()))
+        alive_file = click.Option(["--alive-file"], help="Touch this file now and then while consuming.")
+        self.user_options["worker"].add(alive_file)  # See `reliable/alive.py`
 
     @property
     def thread_oid(self) -> str:

@@ -34,12 +34,12 @@ class Consumer(AcknowledgesInGroups, RefusesMessages):
         """The steps in which a consumer starts.
 
         Left out are DelayedDelivery, which waits for each node that is down (the topology does its work), and
-        Gossip, which ends the worker at an event that it does not understand.
+        Gossip, which ends the worker at an event that it does not understand. Alive is added.
         """
 
         default_steps = [  # noqa: RUF012  (as Celery declares it)
             step
-            for step in CeleryConsumer.Blueprint.default_steps
+            for step in [*CeleryConsumer.Blueprint.default_steps, "reliable.alive:Alive"]
             if "DelayedDelivery" not in step and "Gossip" not in step
         ]
 

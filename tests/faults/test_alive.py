@@ -1,0 +1,92 @@
+"""The file that a worker touches while it consumes, as a health check looks at it."""
+
+import contextlib
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+from programs import PATHS, celery
+
+from reliable.rabbitmq_node import Node
+from reliable.testing import Worker, until
+
+#: The file is touched every 5 seconds. It is fresh if it is younger than this, in seconds.
+FRESH = 10
+pytestmark = pytest.mark.timeout(300)  # seconds
+
+
+def is_fresh(file: Path) -> bool:
+    """Return whether a health check would pass."""
+    return file.exists() and time.time() - file.stat().st_mtime < FRESH
+
+
+@contextlib.contextmanager
+def suspended(pid: int) -> Iterator[None]:
+    """Suspend a process and its children."""
+    processes = [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
+    for process in processes:
+        process.suspend()
+    try:
+        yield
+    finally:
+        for process in processes:
+            process.resume()
+
+
+def start_worker(node: Node, folder: Path, *arguments: str) -> Worker:
+    """Start a worker that touches a file, and notices in four seconds that RabbitMQ does not answer."""
+    options = ("-c2", "--alive-file", str(folder / "alive"), "broker_heartbeat=2")
+    return Worker("tasks", node.url, folder, *options, *arguments, **PATHS)
+
+
+@pytest.mark.parametrize("pool", ["prefork", "threads", "solo"])
+def test_the_file_is_fresh_while_the_worker_consumes(node: Node, tmp_path: Path, pool: str) -> None:
+    file = tmp_path / "alive"
+    with start_worker(node, tmp_path, "-P", pool) as worker:
+        until(lambda: is_fresh(file))
+        first = file.stat().st_mtime
+        until(lambda: file.stat().st_mtime > first)  # It is touched again and again
+
+        node.kill(sig=signal.SIGKILL)
+        until(lambda: not is_fresh(file))
+        node.start()
+        until(lambda: is_fresh(file), 60)
+        assert worker.running()
+
+
+def test_the_file_grows_old_while_rabbitmq_is_frozen(node: Node, tmp_path: Path) -> None:
+    file = tmp_path / "alive"
+    with start_worker(node, tmp_path):
+        until(lambda: is_fresh(file))
+        with suspended(node.process.pid):
+            until(lambda: not is_fresh(file), 60)
+        until(lambda: is_fresh(file), 60)
+
+
+def test_the_file_grows_old_while_the_main_process_hangs(node: Node, tmp_path: Path) -> None:
+    file = tmp_path / "alive"
+    with start_worker(node, tmp_path) as worker:
+        until(lambda: is_fresh(file))
+        with suspended(worker.process.pid):
+            until(lambda: not is_fresh(file))
+        until(lambda: is_fresh(file))
+
+
+def test_the_file_grows_old_while_there_is_no_queue_to_consume_from(node: Node, tmp_path: Path) -> None:
+    file = tmp_path / "alive"
+    with start_worker(node, tmp_path, "-Q", "default"):
+        until(lambda: is_fresh(file))
+        assert celery(node.url, "control", "cancel_consumer", "default").returncode == 0
+        until(lambda: not is_fresh(file))
+        assert celery(node.url, "control", "add_consumer", "default").returncode == 0
+        until(lambda: is_fresh(file))
+
+
+def test_a_file_that_cannot_be_touched_is_an_error_in_the_log(node: Node, tmp_path: Path) -> None:
+    with start_worker(node, tmp_path, "--alive-file", f"{tmp_path}/missing/alive") as worker:
+        until(lambda: "cannot touch its alive file" in worker.log.read_text())
+        assert worker.after_start_check()  # And it works on
+        assert "Connection to broker lost" not in worker.log.read_text()
