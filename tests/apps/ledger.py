@@ -22,6 +22,13 @@ def note(number: int, seconds: float = 0.01) -> int:
     return number
 
 
+@app.task
+def note_and_linger(number: int) -> None:
+    """Write a number to the ledger, and then take three seconds."""
+    note(number)
+    time.sleep(3)
+
+
 @app.task(time_limit=1)
 def hang() -> None:
     """Exceed the hard time limit."""

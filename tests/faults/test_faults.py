@@ -311,6 +311,28 @@ def test_nothing_is_lost_with_a_worker_when(
     break_under_load(fault, Shop(fresh, tmp_path, *arguments.split()), [session_node])
 
 
+@pytest.mark.parametrize(("sign", "repeated"), [(signal.SIGTERM, 0), (signal.SIGKILL, 4)])
+def test_a_container_that_is_stopped_loses_nothing(
+    fresh: str, tmp_path: Path, sign: signal.Signals, repeated: int
+) -> None:
+    # Given a worker of four processes, each of which has begun one of ten tasks
+    shop = Shop(fresh, tmp_path)
+    shop.run("for number in range(10): ledger.note_and_linger.apply_async((number,), ignore_result=True)")
+    shop.start_worker()
+    try:
+        shop.after(4)
+        # When its container stops it, or kills it at the end of the grace period
+        end(shop.worker, sign)
+        # Then another one runs the rest, and only what was killed a second time
+        shop.start_worker()
+        until(lambda: shop.done().total() == 10 + repeated, 60)
+        end(shop.worker, signal.SIGTERM)
+        assert sorted(shop.done()) == list(range(10))
+        assert shop.done().total() == 10 + repeated
+    finally:
+        shop.worker.kill()
+
+
 def test_a_soft_shutdown_hands_back_what_it_can_not_finish(fresh: str, tmp_path: Path) -> None:
     # Given a worker that runs a task of a minute
     shop = Shop(fresh, tmp_path)
