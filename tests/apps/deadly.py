@@ -1,7 +1,8 @@
-"""A task that kills its whole worker, on a queue that delivers a message three times at most."""
+"""Tasks that end their worker or block it, on a queue that delivers a message three times at most."""
 
 import os
 import signal
+import time
 from pathlib import Path
 
 from reliable import Celery
@@ -18,3 +19,9 @@ def kill_the_worker() -> None:
     """Kill the main process of the worker, and with it this one."""
     os.kill(os.getppid(), signal.SIGKILL)
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+@app.task
+def hang() -> None:
+    """Take an hour."""
+    time.sleep(3600)

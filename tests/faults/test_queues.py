@@ -28,6 +28,25 @@ def test_a_long_task_runs_once_on_a_queue_with_a_longer_time_out(tmp_path: Path)
         assert worker.log.read_text().count("started\n") == 1
 
 
+def test_a_task_that_hangs_in_a_pool_without_time_limits_ends(tmp_path: Path) -> None:
+    arguments = {"RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS": IMPATIENT}
+    with Node(tmp_path, **arguments) as node:
+        worker = Worker("apps.deadly", node.url, tmp_path, "-P", "threads", "-c16", **PATHS).start()
+        try:
+            # Given a task that RabbitMQ delivers again and again, since it is never acknowledged
+            code = (
+                "from apps.deadly import hang\n"
+                "print(type(hang.delay().get(timeout=100, propagate=False)).__name__)"
+            )
+            # Then its caller is told in the end, and it is a dead letter
+            assert python("-c", code, CELERY_BROKER_URL=node.url).stdout == "WorkerLostError\n"
+            (letter,) = take(node.url, "dead-letters")
+            assert letter.headers["task"] == "apps.deadly.hang"
+            assert "A thread pool has no time limits" in worker.log.read_text()
+        finally:
+            worker.kill()
+
+
 def test_dead_letters_wait_while_their_queue_is_full(tmp_path: Path) -> None:
     # Given a RabbitMQ that tries again after a second, where three minutes are usual, and a bounded queue
     quick = "-rabbit dead_letter_worker_publisher_confirm_timeout 1000"
