@@ -9,6 +9,7 @@ import celery
 from amqp.exceptions import MessageNacked
 from celery.canvas import Signature
 from celery.utils.time import maybe_iso8601, maybe_make_aware, subtract_datetimes
+from kombu import Producer, Queue
 from kombu.exceptions import OperationalError
 
 #: What logs and monitors show instead of the arguments of a secret task.
@@ -89,7 +90,7 @@ def publish_in_bulk(app: celery.Celery, signatures: Iterable[Signature], window:
     # With this option on, py-amqp waits after each message. Here the window waits.
     with app.connection_for_write(transport_options={"confirm_publish": False}) as connection:
         unconfirmed = Unconfirmed(app, connection)
-        producer = app.amqp.Producer(unconfirmed.channel)
+        producer = BulkProducer(unconfirmed.channel)
         number = 0
         for signature in signatures:
             with unconfirmed.explained():
@@ -100,6 +101,16 @@ def publish_in_bulk(app: celery.Celery, signatures: Iterable[Signature], window:
         with unconfirmed.explained():
             unconfirmed.wait(0)
     return number
+
+
+class BulkProducer(Producer):
+    """A producer that looks whether a queue is declared before it copies it, not after."""
+
+    def maybe_declare(self, entity: Queue, *args: Any, **options: Any) -> Any:
+        """Declare a queue, unless it was declared through this connection."""
+        if entity.can_cache_declaration and hash(entity) in self.connection.declared_entities:
+            return False
+        return super().maybe_declare(entity, *args, **options)
 
 
 class Unconfirmed:
