@@ -1,6 +1,7 @@
 """Publishing tasks, one by one or in bulk: RabbitMQ has confirmed a task, or its caller gets an error."""
 
 import contextlib
+import socket
 from collections.abc import Iterable, Iterator
 from itertools import takewhile
 from typing import Any
@@ -131,6 +132,8 @@ class Unconfirmed:
             self.channel.events["basic_ack"].add(self.confirm)
             self.channel.events["basic_nack"].add(self.refuse)
             self.channel.confirm_select()
+            # Small messages leave together. py-amqp sends each one at once, for callers that wait for it.
+            connection.connection.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 0)
 
     def count(self, *args: Any, **options: Any) -> Any:
         """Publish a message, and note it."""
