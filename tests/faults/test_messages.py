@@ -422,3 +422,35 @@ def test_what_a_worker_cannot_report_is_delivered_again(node: Node, tmp_path: Pa
         assert take(node.url, "caller")[0].payload["status"] == "FAILURE"
         assert take(node.url, "dead-letters")[0].headers["x-death"][0]["reason"] == "rejected"
         assert worker.running()
+
+
+@pytest.mark.parametrize(("persistent", "printed"), [("yes", "4"), ("no", "TimeoutError")])
+def test_persistent_results_survive_a_restart_of_rabbitmq(
+    node: Node, tmp_path: Path, persistent: str, printed: str
+) -> None:
+    # Given a result that its caller has not fetched yet
+    code = (
+        "import tasks\n"
+        f"tasks.app.conf.result_persistent = {persistent == 'yes'}\n"
+        "result = tasks.add.delay(2, 2)\n"
+        "print(tasks.app.thread_oid)\n"
+        "input()\n"
+        "try: print(result.get(timeout=10))\n"
+        "except Exception as error: print(type(error).__name__)"
+    )
+    options = ("-c1", f"result_persistent={persistent}")
+    with (
+        Worker("tasks", node.url, tmp_path, *options, **PATHS),
+        start_python("-c", code, CELERY_BROKER_URL=node.url) as caller,
+    ):
+        assert caller.stdout
+        reply_queue = caller.stdout.readline().strip()
+        until(lambda: node.queues("messages").get(reply_queue) == 1)
+        until(
+            lambda: node.queues("messages")["default"] == 0
+        )  # The task is acknowledged, and will not run again
+        # When RabbitMQ is restarted
+        node.stop()
+        node.start()
+        # Then a persistent result is still there, and a transient one is lost
+        assert caller.communicate("\n", timeout=60)[0].strip() == printed
