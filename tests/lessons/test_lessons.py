@@ -402,6 +402,47 @@ def test_bulk_publishing_publishes_each_task_once(fresh: str) -> None:
     assert depth(fresh, "default") == 2345
 
 
+def test_bulk_publishing_publishes_what_a_call_does(fresh: str) -> None:
+    # Given calls with options of each kind, and a program that listens to Celery's signals
+    code = (
+        "import tasks\n"
+        "from celery import chain, signals\n"
+        "sent = []\n"
+        "def note(sender, exchange, routing_key, headers, **_): sent.append((sender, headers['id']))\n"
+        "signals.before_task_publish.connect(note)\n"
+        "signals.after_task_publish.connect(note)\n"
+        "add, ada = tasks.add, tasks.serve_customer.s('Ada')\n"
+        "calls = [add.s(1, 2), add.s(1, y=2), add.s(1, 2).set(ignore_result=True, expires=60, shadow='x'),\n"
+        "    add.s(1, 2).set(countdown=1), add.s(1, 2).set(queue='priority'), ada.set(priority=9),\n"
+        "    add.s(1, 2).set(link=[add.s(3)], link_error=[add.si(0, 0)], time_limit=5, headers={'a': 'b'}),\n"
+        "    chain(add.s(1, 1), add.s(2)), tasks.check_price.s(1)]\n"
+        "for number, call in enumerate(calls): call.set(task_id=f'id-{number}').freeze(f'id-{number}')\n"
+        "for call in calls: call.apply_async()\n"
+        "one_by_one, sent = sent, []\n"
+        "tasks.app.publish_in_bulk(calls)\n"
+        "print(sent == one_by_one and len(sent) == 2 * len(calls))"
+    )
+    printed = python("-c", code, CELERY_BROKER_URL=fresh)
+    assert printed.stdout == "True\n", printed.stderr
+    # Then each message is there twice, the same but for its time
+    seen: dict[str, list[Any]] = {}
+    for queue, number in (("default", 14), ("priority", 4)):
+        for message in take(fresh, queue, number):
+            same = {
+                name: value
+                for name, value in message.headers.items()
+                if name not in ("eta", "expires", "origin", "x-death")
+            }
+            where = {name: message.delivery_info[name] for name in ("exchange", "routing_key")}
+            properties = {
+                name: value for name, value in message.properties.items() if name != "application_headers"
+            }
+            seen.setdefault(message.headers["id"], []).append((same, where, properties, message.body))
+    assert len(seen) == 9
+    for first, second in seen.values():
+        assert first == second
+
+
 def test_bulk_publishing_takes_no_more_memory_for_more_tasks(fresh: str) -> None:
     code = (
         "import resource, tasks\n"
