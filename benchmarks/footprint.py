@@ -47,6 +47,7 @@ def caller(url: str) -> Celery:
     """Return an app as another program would have it, with a reply queue of its own."""
     app = Celery("caller", broker=url, backend="rpc://", set_as_current=False)
     name = app.__dict__["oid"] = str(uuid4())
+    app.conf.broker_heartbeat = 0  # Each one would have to receive now and then
     # Otherwise kombu shares the connections with the other apps of this process
     app.conf.broker_transport_options |= {"client_properties": {"connection_name": name}}
     return app

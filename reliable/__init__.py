@@ -6,23 +6,24 @@
 
 The way of a task, and the module to read at each step:
 
-    settings       Celery's own settings that are safe by default
-    environment    where RabbitMQ is: the environment and `.env`
-    publishing     a program calls a task; RabbitMQ confirms the message, or the caller gets an error
-    topology       the exchanges and queues that the message goes through
-    worker         a worker connects, and receives the message
-    refusing       it refuses what it cannot run
-    alive          it touches a file, for a health check
-    acknowledging  it acknowledges messages in groups
-    delivery       a process runs the task; each way to fail ends in one place
-    results        the result goes back to the caller
+    settings         Celery's own settings that are safe by default
+    environment      where RabbitMQ is: the environment and `.env`
+    publishing       a program calls a task; RabbitMQ confirms the message, or the caller gets an error
+    bulk             the same for many tasks at a time
+    topology         the exchanges and queues that the message goes through
+    worker           a worker connects, and receives the message
+    refusing         it refuses what it cannot run
+    acknowledging    it acknowledges messages in groups
+    alive            it touches a file, for a health check
+    delivery         a process runs the task; each way to fail ends in one place
+    results          the result goes back to the caller
     result_consumer  the caller receives it
-    dead_letters   a task that failed is kept
-    commands       `celery dead-letters` lists these tasks, and runs them again
+    dead_letters     a task that failed is kept
+    commands         `celery dead-letters` lists these tasks, and runs them again
 
-`app` puts these together. `errors` describes in two lines what is wrong. `local` finds RabbitMQ and
-workers, or starts what is missing; `own_worker` ends with its program. `testing` and `rabbitmq_node` start
-workers and RabbitMQ for tests.
+`app` puts these together, with `remote_control`. `errors` describes in two lines what is wrong. `local` finds
+RabbitMQ and workers, or starts what is missing; `own_worker` ends with its program. `testing` and
+`rabbitmq_node` start workers and RabbitMQ for tests.
 """
 
 from reliable.app import Celery

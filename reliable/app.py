@@ -10,13 +10,12 @@ from typing import Any, ClassVar
 
 import celery
 import click
-from celery.app.control import Control as CeleryControl
 from celery.loaders.app import AppLoader
 from celery.utils.collections import DictAttribute
-from kombu import Queue, pools
-from kombu.pidbox import Mailbox as KombuMailbox
+from kombu import pools
 
-from reliable import publishing, topology
+from reliable import bulk, publishing, topology
+from reliable.remote_control import Control
 from reliable.settings import SETTINGS
 
 
@@ -50,34 +49,6 @@ class Loader(AppLoader):
     """The loader of the app, which has its own rpc:// result backend."""
 
     override_backends: ClassVar = {"rpc": "reliable.results:RPCBackend"}
-
-
-class Mailbox(KombuMailbox):
-    """The queues of remote control, such as `celery inspect`."""
-
-    queue_arguments: dict[str, Any]
-
-    def get_queue(self, hostname: str) -> Queue:
-        """Describe the queue in which a worker node receives commands."""
-        queue = super().get_queue(hostname)
-        queue.queue_arguments = self.queue_arguments
-        return queue
-
-    def get_reply_queue(self) -> Queue:
-        """Describe the queue in which a program receives the replies."""
-        queue = super().get_reply_queue()
-        queue.queue_arguments = self.queue_arguments
-        return queue
-
-
-class Control(CeleryControl):
-    """Remote control that survives a dead node of a cluster."""
-
-    Mailbox = Mailbox
-
-    def __init__(self, app: celery.Celery) -> None:
-        super().__init__(app)
-        self.mailbox.queue_arguments = topology.temporary(app)
 
 
 class Celery(celery.Celery):
@@ -133,7 +104,7 @@ class Celery(celery.Celery):
         with explained:
             return super().send_task(name, args, kwargs, **options)
 
-    def publish_in_bulk(self, signatures: Iterable[Any], window: int = publishing.WINDOW) -> int:
-        """Publish any number of tasks, each confirmed by RabbitMQ. See `publishing.publish_in_bulk`."""
+    def publish_in_bulk(self, signatures: Iterable[Any], window: int = bulk.WINDOW) -> int:
+        """Publish any number of tasks, each confirmed by RabbitMQ. See `bulk.publish_in_bulk`."""
         self.declare_topology_once()
-        return publishing.publish_in_bulk(self, signatures, window)
+        return bulk.publish_in_bulk(self, signatures, window)

@@ -108,6 +108,11 @@ class ResultConsumer(CeleryResultConsumer):
         self._connection = self._consumer = None
         raise TimeoutError from None
 
+    def stop(self) -> None:
+        """Stop receiving, also when RabbitMQ has closed the connection of a program that was idle."""
+        with contextlib.suppress(AMQPError, OSError):
+            super().stop()
+
     def on_state_change(self, meta: dict[str, Any], message: Message) -> None:
         """Hand a state to those who wait for it, and forget old results that nobody has asked for.
 

@@ -1,0 +1,41 @@
+"""Remote control of workers, such as `celery inspect`: its queues, which come and go.
+
+https://docs.celeryq.dev/en/stable/userguide/workers.html#remote-control
+"""
+
+from typing import Any
+
+import celery
+from celery.app.control import Control as CeleryControl
+from kombu import Queue
+from kombu.pidbox import Mailbox as KombuMailbox
+
+from reliable import topology
+
+
+class Mailbox(KombuMailbox):
+    """The queues of remote control, such as `celery inspect`."""
+
+    queue_arguments: dict[str, Any]
+
+    def get_queue(self, hostname: str) -> Queue:
+        """Describe the queue in which a worker node receives commands."""
+        queue = super().get_queue(hostname)
+        queue.queue_arguments = self.queue_arguments
+        return queue
+
+    def get_reply_queue(self) -> Queue:
+        """Describe the queue in which a program receives the replies."""
+        queue = super().get_reply_queue()
+        queue.queue_arguments = self.queue_arguments
+        return queue
+
+
+class Control(CeleryControl):
+    """Remote control that survives a dead node of a cluster."""
+
+    Mailbox = Mailbox
+
+    def __init__(self, app: celery.Celery) -> None:
+        super().__init__(app)
+        self.mailbox.queue_arguments = topology.temporary(app)
