@@ -19,7 +19,7 @@ from xdist.scheduler import LoadScopeScheduling
 from reliable.testing import Worker
 
 #: Files whose tests share a fixture, or build on one another: one process runs all tests of such a file.
-TOGETHER = ("test_readme.py", "test_browser.py", "test_callers.py", "test_messages.py", "test_security.py")
+TOGETHER = ("test_browser.py", "test_callers.py", "test_messages.py", "test_security.py")
 #: The tests that take longest start first, so that several processes end at about the same time.
 LONGEST = ("docs/", "faults/test_faults", "faults/", "lessons/test_dead_letters")
 
@@ -29,7 +29,8 @@ class Scheduler(LoadScopeScheduling):  # https://pytest-xdist.readthedocs.io/en/
 
     def _split_scope(self, nodeid: str) -> str:
         file = nodeid.partition("::")[0]
-        return file if file.endswith(TOGETHER) else nodeid
+        # The blocks of a page have ids such as "README.md line 10"
+        return file if file.endswith(TOGETHER) else nodeid.partition(" line ")[0]
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Scheduler:

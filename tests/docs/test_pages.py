@@ -1,4 +1,4 @@
-"""The README: its commands run in their order, and print what it shows."""
+"""The README and the pages of docs/: their commands run in their order, and print what is shown."""
 
 import os
 import re
@@ -139,17 +139,14 @@ def run_python(example: Example) -> None:
     assert status == 0, lines
 
 
-DOCUMENT = Document.parse(
-    str(PROJECT / "README.md"),
-    CodeBlockParser("console", run_block),
-    CodeBlockParser("python", run_python),
-    SkipParser(),
-)
+PAGES = [PROJECT / "README.md", *sorted((PROJECT / "docs").glob("*.md"))]
+PARSERS = (CodeBlockParser("console", run_block), CodeBlockParser("python", run_python), SkipParser())
+EXAMPLES = [(page.name, example) for page in PAGES for example in Document.parse(str(page), *PARSERS)]
 
 
 @pytest.fixture(scope="module")
-def shell(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shell]:
-    """Open the reader's first shell, beside a RabbitMQ that nobody has used."""
+def shell(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shell]:
+    """Open the first shell of a page's reader, beside a RabbitMQ that nobody has used."""
     folder = tmp_path_factory.mktemp("reader")
     (folder / "node").mkdir()
     with Node(folder / "node") as node:
@@ -161,7 +158,12 @@ def shell(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shell]:
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("example", list(DOCUMENT), ids=lambda example: f"line {example.line}")
+@pytest.mark.parametrize(
+    ("shell", "example"),
+    EXAMPLES,
+    indirect=["shell"],
+    ids=[f"{page} line {example.line}" for page, example in EXAMPLES],
+)
 def test_each_block_does_what_it_shows(example: Example, shell: Shell) -> None:
     example.namespace["shell"] = shell
     example.evaluate()
