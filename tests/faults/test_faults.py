@@ -229,6 +229,7 @@ def two_of_three_are_killed(shop: Shop, nodes: list[Node]) -> None:
     for node in nodes[:2]:
         node.kill()
     until(lambda: nothing_is_accepted(shop))
+    time.sleep(12)  # This is the fault: a pause of 15 seconds, longer than a publish is tried
     nodes[0].start()
     shop.after(400)
     nodes[1].start()
