@@ -77,8 +77,6 @@ class Unconfirmed:
             self.channel.events["basic_ack"].add(self.confirm)
             self.channel.events["basic_nack"].add(self.refuse)
             self.channel.confirm_select()
-            # Otherwise py-amqp looks for an answer before each message. The window reads them all.
-            connection.connection.client_properties["capabilities"]["connection.blocked"] = False
             # Small messages leave together. py-amqp sends each one at once, for callers that wait for it.
             connection.connection.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 0)
 

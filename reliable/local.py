@@ -1,5 +1,6 @@
 """A broker and workers for one run of a program: those that are there, or its own."""
 
+import atexit
 import contextlib
 import os
 import sys
@@ -56,6 +57,14 @@ def find_or_start(app: celery.Celery, embedded: bool = False) -> Iterator[Run]:
     else:
         with own_worker(app) as worker:
             yield Run(f"{where}, with a worker of our own", worker)
+
+
+def run_until_exit(app: celery.Celery) -> None:
+    """Do the same until this program ends, as for a web server. Where RabbitMQ is named, do nothing."""
+    if app.conf.broker_url == "memory://" or not names_rabbitmq():
+        running = contextlib.ExitStack()
+        atexit.register(running.close)
+        running.enter_context(find_or_start(app))
 
 
 def find_rabbitmq(app: celery.Celery) -> str:

@@ -1,6 +1,7 @@
 """What all tests share: the RabbitMQ of the session, a worker of the shop, and the order of the tests."""
 
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from typing import Any
@@ -13,6 +14,7 @@ if "PYTEST_XDIST_WORKER" not in os.environ:  # Its parent has done it
     _scratch = tempfile.TemporaryDirectory(prefix="shop-")
     os.environ["TMPDIR"] = _scratch.name
 
+from playwright.sync_api import Page, sync_playwright
 from programs import PATHS
 from xdist.scheduler import LoadScopeScheduling
 
@@ -76,3 +78,16 @@ def shop(rabbitmq: str) -> Iterator[Any]:
         if tasks.app.backend.result_consumer.is_consuming:
             tasks.app.backend.result_consumer.stop()
         tasks.app.close()
+
+
+@pytest.fixture(scope="module")
+def page() -> Iterator[Page]:
+    """Open a page in a real browser."""
+    program = shutil.which("chromium") or shutil.which("google-chrome")
+    if not program and os.environ.get("CI") != "true":
+        pytest.skip("chromium is not on PATH: tests/run installs it")
+    with sync_playwright() as playwright:
+        sandbox = ["--no-sandbox"] if os.geteuid() == 0 else []  # root has none
+        browser = playwright.chromium.launch(executable_path=program, args=sandbox)
+        yield browser.new_page(viewport={"width": 1100, "height": 560})
+        browser.close()

@@ -8,7 +8,6 @@ import io
 import os
 import pty
 import re
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -17,7 +16,7 @@ from urllib.error import URLError
 from urllib.request import urlopen
 
 import pytest
-from playwright.sync_api import Page, expect, sync_playwright
+from playwright.sync_api import Page, expect
 from programs import PATHS, PROJECT, celery, drive
 from rich._export_format import CONSOLE_SVG_FORMAT
 from rich.console import Console
@@ -70,19 +69,6 @@ def flower(nodes: list[Node], tmp_path_factory: pytest.TempPathFactory) -> Itera
         assert drive(*LESSONS, CELERY_BROKER_URL=url).returncode == 0
         celery(url, "call", "tasks.ship", "--args", '["sofa", 99999999999]')
         yield flower
-
-
-@pytest.fixture(scope="module")
-def page() -> Iterator[Page]:
-    """Open a page in a real browser."""
-    program = shutil.which("chromium") or shutil.which("google-chrome")
-    if not program and os.environ.get("CI") != "true":
-        pytest.skip("chromium is not on PATH: tests/run installs it")
-    with sync_playwright() as playwright:
-        sandbox = ["--no-sandbox"] if os.geteuid() == 0 else []  # root has none
-        browser = playwright.chromium.launch(executable_path=program, args=sandbox)
-        yield browser.new_page(viewport={"width": 1100, "height": 560})
-        browser.close()
 
 
 @pytest.fixture

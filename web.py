@@ -1,0 +1,92 @@
+"""The checkout page of the shop: its slow work done one after another, or handed to Celery.
+
+$ pip install -e '.[web]'
+$ CELERY_RESULT_BACKEND=db+sqlite:///results.sqlite flask --app web run
+"""
+
+from typing import Any
+from uuid import UUID, uuid4
+
+from celery import Signature
+from flask import Flask
+from kombu.exceptions import OperationalError
+
+import tasks
+from reliable.errors import exit_now
+from reliable.local import run_until_exit
+
+if tasks.app.conf.result_backend == "rpc://":  # Only the process that called a task would see its result
+    exit_now("The page needs a database for results", "CELERY_RESULT_BACKEND=db+sqlite:///results.sqlite")
+run_until_exit(tasks.app)
+app = Flask(__name__)
+EMAILS = [f"customer{number}@example.com" for number in range(8)]
+PAGE = """<!doctype html><meta charset="utf-8"><title>Checkout</title>
+<style>body {{ font: 1.2em sans-serif; margin: 3em }} button {{ font: inherit; margin-right: 1em }}</style>
+<h1>Order <span id="order">{order}</span></h1>
+<button onclick="checkOut('slow')">Check out, one after another</button>
+<button onclick="checkOut('celery')">Check out with Celery</button>
+<p id="answer"></p>Parcel: <progress id="parcel" max="10" value="0"></progress><ul id="states"></ul>
+<script>
+const order = document.getElementById("order").innerText
+async function checkOut(way) {{
+  const clicked = performance.now()
+  answer.innerText = "The page waits …"
+  const response = await fetch(`/orders/${{order}}/${{way}}`, {{method: "POST"}})
+  const seconds = ((performance.now() - clicked) / 1000).toFixed(1)
+  answer.innerText = `${{await response.text()}} The page answered after ${{seconds}} s.`
+  if (response.ok && way == "celery") follow()
+}}
+async function follow() {{
+  const now = await (await fetch(`/orders/${{order}}`)).json()
+  states.replaceChildren(...Object.entries(now.states).map(([task, state]) =>
+    Object.assign(document.createElement("li"), {{innerText: `${{task}}: ${{state}}`}})))
+  parcel.value = now.packed || 0
+  const ended = state => state == "SUCCESS" || state == "FAILURE"
+  if (!Object.values(now.states).every(ended)) setTimeout(follow, 200)
+}}
+</script>"""
+
+
+@app.get("/")
+def page() -> str:
+    """Show the page. The number of its order is the idempotency key of the payment."""
+    return PAGE.format(order=uuid4())
+
+
+@app.post("/orders/<uuid:order>/slow")
+def check_out_one_after_another(order: UUID) -> str:
+    """Do all the work before the page answers."""
+    tasks.charge_card(str(order), busy=0)
+    for email in EMAILS:
+        tasks.send_email(email)
+    return "Paid, and eight e-mails sent."
+
+
+def work_after_payment(order: UUID) -> dict[str, Signature]:
+    """Return the tasks of an order by name. Their ids follow from its number, so any process finds them."""
+    work = {"parcel": tasks.pack_order.si(10, 0.3)}
+    work |= {f"e-mail {number}": tasks.send_email.si(email) for number, email in enumerate(EMAILS, 1)}
+    for name, task in work.items():
+        task.freeze(f"{order} {name}")
+    return work
+
+
+@app.post("/orders/<uuid:order>/celery")
+def check_out_with_celery(order: UUID) -> tuple[str, int]:
+    """Hand the work to Celery in one message, so that the order is taken as a whole or not at all."""
+    work = list(work_after_payment(order).values())
+    try:
+        tasks.charge_card.apply_async((str(order), 0), task_id=f"{order} payment", link=work)
+    except OperationalError:
+        return "The order was not taken. Please try again.", 503
+    return "Thank you.", 202
+
+
+@app.get("/orders/<uuid:order>")
+def states(order: UUID) -> dict[str, Any]:
+    """Return the state of each task of an order, and how many items of the parcel are packed."""
+    names = ["payment", *work_after_payment(order)]
+    results = {name: tasks.app.AsyncResult(f"{order} {name}") for name in names}
+    states = {name: result.state for name, result in results.items()}
+    parcel = results["parcel"].info
+    return {"states": states, "packed": parcel["packed"] if isinstance(parcel, dict) else parcel}
