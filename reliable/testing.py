@@ -7,7 +7,7 @@
 The extra `[testing]` installs what this module needs.
 """
 
-import subprocess
+import secrets
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 from kombu import Connection, Queue
+from typing_extensions import Self
 
 from reliable.rabbitmq_node import Node, Program, clean_environment, run_cluster
 
@@ -44,25 +45,20 @@ class Worker(Program):
         self.app, self.name, self.url = app, "test@localhost", url
         self.environment = clean_environment(**{"CELERY_BROKER_URL": url} | variables)
         self.log = folder / "worker.log"
-        command = [sys.executable, "-m", "celery", "-A", app, "worker", "-linfo", "-n", self.name, *arguments]
+        #: The file that the worker touches while it consumes.
+        self.alive = folder / f"alive-{secrets.token_hex(4)}"
+        command = [sys.executable, "-m", "celery", "-A", app, "worker", "-linfo", "-n", self.name]
+        command += ["--alive-file", str(self.alive), *arguments]
         super().__init__(command, self.log, envvars=self.environment, timeout=60)  # Seconds
+
+    def start(self) -> Self:
+        """Start the worker, and wait until it is ready."""
+        self.alive.unlink(missing_ok=True)
+        return super().start()
 
     def after_start_check(self) -> bool:
         """Return whether the worker consumes from its queues."""
-        command = [
-            sys.executable,
-            "-m",
-            "celery",
-            "-A",
-            self.app,
-            "inspect",
-            "active_queues",
-            "-d",
-            self.name,
-            "-t",
-            "0.5",
-        ]
-        return subprocess.run(command, env=self.environment, check=False, capture_output=True).returncode == 0
+        return self.alive.exists()
 
 
 def depth(url: str, queue: str) -> int:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from programs import PATHS, celery
+from programs import PATHS, celery, python
 
 from reliable.rabbitmq_node import Node
 from reliable.testing import Worker, until
@@ -37,15 +37,15 @@ def suspended(pid: int) -> Iterator[None]:
 
 
 def start_worker(node: Node, folder: Path, *arguments: str) -> Worker:
-    """Start a worker that touches a file, and notices in four seconds that RabbitMQ does not answer."""
-    options = ("-c2", "--alive-file", str(folder / "alive"), "broker_heartbeat=2")
+    """Prepare a worker that notices in four seconds that RabbitMQ does not answer."""
+    options = ("-c2", "broker_heartbeat=2")
     return Worker("tasks", node.url, folder, *options, *arguments, **PATHS)
 
 
 @pytest.mark.parametrize("pool", ["prefork", "threads", "solo"])
 def test_the_file_is_fresh_while_the_worker_consumes(node: Node, tmp_path: Path, pool: str) -> None:
-    file = tmp_path / "alive"
     with start_worker(node, tmp_path, "-P", pool) as worker:
+        file = worker.alive
         until(lambda: is_fresh(file))
         first = file.stat().st_mtime
         until(lambda: file.stat().st_mtime > first)  # It is touched again and again
@@ -58,8 +58,8 @@ def test_the_file_is_fresh_while_the_worker_consumes(node: Node, tmp_path: Path,
 
 
 def test_the_file_grows_old_while_rabbitmq_is_frozen(node: Node, tmp_path: Path) -> None:
-    file = tmp_path / "alive"
-    with start_worker(node, tmp_path):
+    with start_worker(node, tmp_path) as worker:
+        file = worker.alive
         until(lambda: is_fresh(file))
         with suspended(node.process.pid):
             until(lambda: not is_fresh(file), 60)
@@ -67,8 +67,8 @@ def test_the_file_grows_old_while_rabbitmq_is_frozen(node: Node, tmp_path: Path)
 
 
 def test_the_file_grows_old_while_the_main_process_hangs(node: Node, tmp_path: Path) -> None:
-    file = tmp_path / "alive"
     with start_worker(node, tmp_path) as worker:
+        file = worker.alive
         until(lambda: is_fresh(file))
         with suspended(worker.process.pid):
             until(lambda: not is_fresh(file))
@@ -76,8 +76,8 @@ def test_the_file_grows_old_while_the_main_process_hangs(node: Node, tmp_path: P
 
 
 def test_the_file_grows_old_while_there_is_no_queue_to_consume_from(node: Node, tmp_path: Path) -> None:
-    file = tmp_path / "alive"
-    with start_worker(node, tmp_path, "-Q", "default"):
+    with start_worker(node, tmp_path, "-Q", "default") as worker:
+        file = worker.alive
         until(lambda: is_fresh(file))
         assert celery(node.url, "control", "cancel_consumer", "default").returncode == 0
         until(lambda: not is_fresh(file))
@@ -85,8 +85,19 @@ def test_the_file_grows_old_while_there_is_no_queue_to_consume_from(node: Node, 
         until(lambda: is_fresh(file))
 
 
-def test_a_file_that_cannot_be_touched_is_an_error_in_the_log(node: Node, tmp_path: Path) -> None:
-    with start_worker(node, tmp_path, "--alive-file", f"{tmp_path}/missing/alive") as worker:
-        until(lambda: "cannot touch its alive file" in worker.log.read_text())
-        assert worker.after_start_check()  # And it works on
+class Unseen(Worker):
+    """A worker that cannot touch its file."""
+
+    def after_start_check(self) -> bool:
+        """Return whether the log says so."""
+        return "cannot touch its alive file" in self.log.read_text()
+
+
+def test_a_file_that_cannot_be_touched_is_an_error_in_the_log(fresh: str, tmp_path: Path) -> None:
+    with Unseen(
+        "tasks", fresh, tmp_path, "-c1", "--alive-file", f"{tmp_path}/missing/alive", **PATHS
+    ) as worker:
+        # And it works on
+        code = "from tasks import add; print(add.delay(2, 2).get(timeout=20))"
+        assert python("-c", code, CELERY_BROKER_URL=fresh).stdout == "4\n"
         assert "Connection to broker lost" not in worker.log.read_text()

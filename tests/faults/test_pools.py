@@ -29,7 +29,8 @@ class Multi(Worker):
         self.name = "test1@localhost,test2@localhost"
         self.nodes = [*self.name.split(","), f"--pidfile={folder}/%n.pid", f"--logfile={folder}/%n.log"]
         celery = [sys.executable, "-m", "celery", "-A", app]
-        self.command_parts = [*celery, "multi", "start", *self.nodes, "-linfo", *arguments]
+        options = ["-linfo", f"--alive-file={self.alive}", *arguments]
+        self.command_parts = [*celery, "multi", "start", *self.nodes, *options]
 
     def kill(self, *_: Any, **__: Any) -> "Multi":
         """Kill the nodes, and wait until they are gone: a node does not start while another has its file."""
