@@ -1,12 +1,14 @@
 """The README and the pages of docs/: their commands run in their order, and print what is shown."""
 
+import contextlib
 import os
 import re
 import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -144,10 +146,9 @@ PARSERS = (CodeBlockParser("console", run_block), CodeBlockParser("python", run_
 EXAMPLES = [(page.name, example) for page in PAGES for example in Document.parse(str(page), *PARSERS)]
 
 
-@pytest.fixture(scope="module")
-def shell(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shell]:
+@contextlib.contextmanager
+def open_shell(folder: Path) -> Iterator[Shell]:
     """Open the first shell of a page's reader, beside a RabbitMQ that nobody has used."""
-    folder = tmp_path_factory.mktemp("reader")
     (folder / "node").mkdir()
     with Node(folder / "node") as node:
         shell = Shell(folder / "a clean copy", node)
@@ -157,13 +158,17 @@ def shell(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
         shell.first.communicate()
 
 
+@pytest.fixture(scope="module")
+def shells(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], Shell]]:
+    """Give the shell of each page."""
+    with contextlib.ExitStack() as stack:
+        yield cache(lambda page: stack.enter_context(open_shell(tmp_path_factory.mktemp(page))))
+
+
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize(
-    ("shell", "example"),
-    EXAMPLES,
-    indirect=["shell"],
-    ids=[f"{page} line {example.line}" for page, example in EXAMPLES],
+    ("page", "example"), EXAMPLES, ids=[f"{page} line {example.line}" for page, example in EXAMPLES]
 )
-def test_each_block_does_what_it_shows(example: Example, shell: Shell) -> None:
-    example.namespace["shell"] = shell
+def test_each_block_does_what_it_shows(page: str, example: Example, shells: Callable[[str], Shell]) -> None:
+    example.namespace["shell"] = shells(page)
     example.evaluate()
