@@ -62,21 +62,21 @@ def test_a_visitor_waits_for_slow_work_unless_celery_does_it(page: Page, tmp_pat
         expect(page.locator("#parcel")).to_have_js_property("value", 10)
 
 
-def test_a_double_click_charges_once(rabbitmq: str, tmp_path: Path) -> None:
+def test_a_double_click_charges_once(fresh: str, tmp_path: Path) -> None:
     order = uuid.uuid4()
-    with Server(tmp_path, CELERY_BROKER_URL=rabbitmq) as server:
+    with Server(tmp_path, CELERY_BROKER_URL=fresh) as server:
         assert [server.check_out(order), server.check_out(order)] == ["Thank you.", "Thank you."]
-        with Worker("tasks", rabbitmq, tmp_path, "-c1", **server.variables) as worker:
+        with Worker("tasks", fresh, tmp_path, "-c1", **server.variables) as worker:
             until(lambda: worker.log.read_text().count("tasks.charge_card[") == 4)  # Two received, two ended
             assert f"'{order} was paid before'" in worker.log.read_text()
             until(lambda: server.states(order) == {"SUCCESS"}, 60)
 
 
-def test_every_process_of_the_web_server_shows_the_same(rabbitmq: str, tmp_path: Path) -> None:
+def test_every_process_of_the_web_server_shows_the_same(fresh: str, tmp_path: Path) -> None:
     order = uuid.uuid4()
-    with Server(tmp_path, GUNICORN, CELERY_BROKER_URL=rabbitmq) as server:
+    with Server(tmp_path, GUNICORN, CELERY_BROKER_URL=fresh) as server:
         server.check_out(order)
-        with Worker("tasks", rabbitmq, tmp_path, "-c4", **server.variables):
+        with Worker("tasks", fresh, tmp_path, "-c4", **server.variables):
             until(lambda: server.states(order) == {"SUCCESS"})
             assert [server.states(order) for _ in range(20)] == [{"SUCCESS"}] * 20
 
