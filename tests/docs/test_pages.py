@@ -25,7 +25,7 @@ VARIABLE = [
     (r"\b[0-9a-f]{8}((-[0-9a-f]{4}){3}-[0-9a-f]{12})?\b", "ID"),
     (r"\b(celery|own[0-9a-f]+)@[\w.-]+", "NODE"),
     (r":\d+//", ":PORT//"),
-    (r"\d+(:\d\d)+|\d+\.\d+s", "TIME"),
+    (r"\d+(:\d\d)+|\d+\.\d+ ?s\b|\bin \d+ s\b", "TIME"),
     (r"-{2,}|\s+", " "),
 ]
 NUMBER = (r"\d[\d,]*(\.\d+)*", "NUMBER")  # … and all numbers, of lessons and logs

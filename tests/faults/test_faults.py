@@ -256,11 +256,13 @@ def messages(url: str, node: Node) -> dict[str, int]:
 Fault = Callable[[Shop, list[Node]], None]
 
 
-def break_under_load(fault: Fault, shop: Shop, nodes: list[Node], pace: float = 0) -> None:
+def break_under_load(
+    fault: Fault, shop: Shop, nodes: list[Node], pace: float = 0, tasks: int = TASKS
+) -> None:
     """Let a fault happen while a publisher and a worker are at work, and check what is left."""
     # Given a worker and a publisher under load
     shop.start_worker()
-    command = [sys.executable, "-m", "apps.ledger", str(TASKS), str(pace)]
+    command = [sys.executable, "-m", "apps.ledger", str(tasks), str(pace)]
     environment = clean_environment(CELERY_BROKER_URL=shop.url, **shop.variables)
     try:
         with (
@@ -309,7 +311,9 @@ def break_under_load(fault: Fault, shop: Shop, nodes: list[Node], pace: float = 
 def test_nothing_is_lost_with_a_worker_when(
     fault: Fault, arguments: str, fresh: str, session_node: Node, tmp_path: Path
 ) -> None:
-    break_under_load(fault, Shop(fresh, tmp_path, *arguments.split()), [session_node])
+    # A process that is replaced after each task costs a tenth of a second of processor time
+    tasks = 300 if "--max-memory-per-child" in arguments else TASKS
+    break_under_load(fault, Shop(fresh, tmp_path, *arguments.split()), [session_node], tasks=tasks)
 
 
 @pytest.mark.parametrize(("sign", "repeated"), [(signal.SIGTERM, 0), (signal.SIGKILL, 4)])

@@ -84,7 +84,7 @@ def test_no_task_is_punished_for_what_happens_around_it(
     with (
         workers(2, fresh, tmp_path, prefetch) as running,
         start_python(
-            "-m", "apps.ledger", str(TASKS), "0", "0.3", CELERY_BROKER_URL=fresh, **ledger(tmp_path)
+            "-m", "apps.ledger", str(TASKS), "0", "0.2", CELERY_BROKER_URL=fresh, **ledger(tmp_path)
         ) as caller,
     ):
         # When they are disturbed again and again
