@@ -36,15 +36,15 @@ def suspended(pid: int) -> Iterator[None]:
             process.resume()
 
 
-def start_worker(node: Node, folder: Path, *arguments: str) -> Worker:
+def start_worker(url: str, folder: Path, *arguments: str) -> Worker:
     """Prepare a worker that notices in four seconds that RabbitMQ does not answer."""
     options = ("-c2", "broker_heartbeat=2")
-    return Worker("tasks", node.url, folder, *options, *arguments, **PATHS)
+    return Worker("tasks", url, folder, *options, *arguments, **PATHS)
 
 
 @pytest.mark.parametrize("pool", ["prefork", "threads", "solo"])
 def test_the_file_is_fresh_while_the_worker_consumes(node: Node, tmp_path: Path, pool: str) -> None:
-    with start_worker(node, tmp_path, "-P", pool) as worker:
+    with start_worker(node.url, tmp_path, "-P", pool) as worker:
         file = worker.alive
         until(lambda: is_fresh(file))
         first = file.stat().st_mtime
@@ -58,7 +58,7 @@ def test_the_file_is_fresh_while_the_worker_consumes(node: Node, tmp_path: Path,
 
 
 def test_the_file_grows_old_while_rabbitmq_is_frozen(node: Node, tmp_path: Path) -> None:
-    with start_worker(node, tmp_path) as worker:
+    with start_worker(node.url, tmp_path) as worker:
         file = worker.alive
         until(lambda: is_fresh(file))
         with suspended(node.process.pid):
@@ -66,8 +66,8 @@ def test_the_file_grows_old_while_rabbitmq_is_frozen(node: Node, tmp_path: Path)
         until(lambda: is_fresh(file), 60)
 
 
-def test_the_file_grows_old_while_the_main_process_hangs(node: Node, tmp_path: Path) -> None:
-    with start_worker(node, tmp_path) as worker:
+def test_the_file_grows_old_while_the_main_process_hangs(fresh: str, tmp_path: Path) -> None:
+    with start_worker(fresh, tmp_path) as worker:
         file = worker.alive
         until(lambda: is_fresh(file))
         with suspended(worker.process.pid):
@@ -75,13 +75,13 @@ def test_the_file_grows_old_while_the_main_process_hangs(node: Node, tmp_path: P
         until(lambda: is_fresh(file))
 
 
-def test_the_file_grows_old_while_there_is_no_queue_to_consume_from(node: Node, tmp_path: Path) -> None:
-    with start_worker(node, tmp_path, "-Q", "default") as worker:
+def test_the_file_grows_old_while_there_is_no_queue_to_consume_from(fresh: str, tmp_path: Path) -> None:
+    with start_worker(fresh, tmp_path, "-Q", "default") as worker:
         file = worker.alive
         until(lambda: is_fresh(file))
-        assert celery(node.url, "control", "cancel_consumer", "default").returncode == 0
+        assert celery(fresh, "control", "cancel_consumer", "default").returncode == 0
         until(lambda: not is_fresh(file))
-        assert celery(node.url, "control", "add_consumer", "default").returncode == 0
+        assert celery(fresh, "control", "add_consumer", "default").returncode == 0
         until(lambda: is_fresh(file))
 
 

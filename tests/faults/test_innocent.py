@@ -71,11 +71,16 @@ def close_connections(_running: list[Worker], node: Node, url: str, *_: Any) -> 
     node.control("close_all_connections", "-p", url.rpartition("/")[2], "a test")
 
 
-@pytest.mark.parametrize("prefetch", ["1", "32"])
 @pytest.mark.parametrize(
-    "disturb",
-    [partial(restart, signal.SIGTERM), partial(restart, signal.SIGKILL), close_connections],
-    ids=["stopped", "killed", "connections closed"],
+    ("disturb", "prefetch"),
+    [
+        (partial(restart, signal.SIGTERM), "1"),
+        (partial(restart, signal.SIGTERM), "32"),
+        (partial(restart, signal.SIGKILL), "1"),
+        (partial(restart, signal.SIGKILL), "32"),
+        (close_connections, "32"),
+    ],
+    ids=["stopped", "stopped, prefetch 32", "killed", "killed, prefetch 32", "connections closed"],
 )
 def test_no_task_is_punished_for_what_happens_around_it(
     session_node: Node, fresh: str, tmp_path: Path, disturb: Callable[..., None], prefetch: str

@@ -1,5 +1,6 @@
 """Worker pools that people use: a worker of each kind is killed, and loses no task and no result."""
 
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -29,7 +30,9 @@ class Multi(Worker):
         self.name = "test1@localhost,test2@localhost"
         self.nodes = [*self.name.split(","), f"--pidfile={folder}/%n.pid", f"--logfile={folder}/%n.log"]
         celery = [sys.executable, "-m", "celery", "-A", app]
-        options = ["-linfo", f"--alive-file={self.alive}", *arguments]
+        # Celery does not quote the path of Python, which may have a space
+        python = f"--executable={shlex.quote(sys.executable)}"
+        options = [python, "-linfo", f"--alive-file={self.alive}", *arguments]
         self.command_parts = [*celery, "multi", "start", *self.nodes, *options]
 
     def kill(self, *_: Any, **__: Any) -> "Multi":
