@@ -11,7 +11,6 @@ import os
 import re
 import sys
 import tempfile
-from collections.abc import Iterable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -88,12 +87,6 @@ def keep(url: str, number: int) -> list[Celery]:
     return callers
 
 
-def leave_all(callers: Iterable[Celery]) -> None:
-    """End callers."""
-    for app in callers:
-        leave(app)
-
-
 @click.command()
 @click.option("--callers", default=1000, show_default=True, help="How many callers are there at a time.")
 @click.option("--calls", default=10_000, show_default=True, help="How many callers come and go.")
@@ -114,7 +107,8 @@ def main(callers: int, calls: int, inspects: int) -> None:
             with patch.object(topology, "temporary", return_value=arguments):
                 waiting = keep(node.url, callers)
             footprint.note(f"caller, with a {kind} reply queue", callers)
-            leave_all(waiting)
+            for waits in waiting:
+                leave(waits)
             until(lambda: count(node)[3] == footprint.before[3] - callers)
             footprint.note(f"the same, after it has ended ({kind})", callers)
         for _ in range(calls):
