@@ -6,10 +6,10 @@ Each lesson checks its own claim, and fails if the claim does not hold.
 """
 
 import contextlib
+import io
 import json
 import math
 import os
-import re
 import signal
 import sys
 import time
@@ -37,10 +37,8 @@ from reliable.local import Run
 from reliable.own_worker import own_worker
 from tasks import app
 
-HERE = Path(__file__).parent
 TIMEOUT = 30  # How long a lesson waits for one answer, in seconds
-MESSAGE_SIZE = 16_000  # How long a text in a message may be, in characters
-MESSAGES = re.compile(rf"(?s).{{1,{MESSAGE_SIZE}}}(?!\w)|.{{1,{MESSAGE_SIZE}}}")
+MESSAGE_SIZE = 16_000  # How long a text in a message is, in characters, up to the end of the line
 NO_CHORD = "not with rpc://: set CELERY_RESULT_BACKEND=file:///some/folder"
 BROKER_ERRORS = (OperationalError, AMQPError, OSError, NoAnswer)
 Rows = list[dict[str, Any]]
@@ -50,23 +48,18 @@ class ClaimError(Exception):
     """The claim of a lesson does not hold."""
 
 
-def fix_for(need: str, run: Run) -> str:
-    """Return the command that fulfils a need of a lesson, or "" if it is fulfilled."""
-    if need == "RabbitMQ" and run.embedded:
-        return "docker compose up -d --wait"
-    if need == "worker processes" and not run.has_processes:
-        return "celery -A tasks worker --pool prefork"
-    if need == "rpc:// results" and app.backend.as_uri() != "rpc://":
-        return "unset CELERY_RESULT_BACKEND"
-    return ""
-
-
+#: What a lesson may need: whether a run has it, and the command that provides it.
+NEEDS: dict[str, tuple[Callable[[Run], bool], str]] = {
+    "RabbitMQ": (lambda run: not run.embedded, "docker compose up -d --wait"),
+    "worker processes": (lambda run: run.has_processes, "celery -A tasks worker --pool prefork"),
+    "rpc:// results": (lambda _: app.backend.as_uri() == "rpc://", "unset CELERY_RESULT_BACKEND"),
+}
 Lesson = Callable[..., Rows | str]
 LESSONS: dict[str, tuple[Lesson, tuple[str, ...]]] = {}
 
 
 def lesson(*needs: str) -> Callable[[Lesson], Lesson]:
-    """Add a lesson. The first line of its docstring is printed above what it returns: rows or a sentence."""
+    """Add a lesson. Its docstring is printed above what it returns: rows or a sentence."""
 
     def add(function: Lesson) -> Lesson:
         LESSONS[function.__name__] = function, needs
@@ -152,18 +145,12 @@ def nodes(run: Run) -> Rows:
     with contextlib.ExitStack() as stack:
         second = stack.enter_context(own_worker(app)) if len(run.workers) == 1 else {}
         names = [*run.workers, *second]
-        before = local.find_workers(app, *names)
-        collect([tasks.send_email.delay("all@example.com", 0.1) for _ in range(16 * len(names))])
-        after = local.find_workers(app, *names)
+        ran = Counter(collect([tasks.worker_name.delay() for _ in range(16 * len(names))]))
         wanted = {"destination": names, "limit": len(names), "timeout": 5}
         replies = app.control.broadcast("reload_prices", reply=True, **wanted)
     answers = {name: answer["ok"] for reply in replies for name, answer in reply.items()}
-    rows: Rows = []
-    for name, node in sorted(after.items()):
-        emails = sum(node["total"].values()) - sum(before[name]["total"].values())
-        processes = node["pool"]["max-concurrency"]
-        rows += [{"node": name, "processes": processes, "e-mails": emails, "broadcast": answers.get(name)}]
-    expect(all(row["e-mails"] and row["broadcast"] for row in rows), "work and an answer of each node", rows)
+    rows: Rows = [{"node": name, "tasks": ran[name], "broadcast": answers.get(name)} for name in names]
+    expect(all(row["tasks"] and row["broadcast"] for row in rows), "work and an answer of each node", rows)
     return rows
 
 
@@ -283,7 +270,8 @@ def words(run: Run, *paths: Path) -> Rows:
     """A large input is cut into messages that many workers process."""
     counted: Counter[str] = Counter()
     sent = 0
-    texts = cut(paths or [HERE / "README.md", *sorted(HERE.glob("*.py"))])
+    here = Path(__file__).parent
+    texts = cut(paths or [here / "README.md", *sorted(here.glob("*.py"))])
     while batch := list(islice(texts, 32)):  # No more than these are in RabbitMQ at a time
         for counts in collect([tasks.count_words.delay(text) for text in batch]):
             counted.update(counts)
@@ -294,21 +282,18 @@ def words(run: Run, *paths: Path) -> Rows:
 
 
 def cut(paths: Iterable[Path]) -> Iterator[str]:
-    """Yield the text of files and folders in messages, cut between words."""
-    rest = ""
+    """Yield the text of files and folders, cut at the end of a line."""
     for path in paths:
         for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
-            is_hidden = any(part.startswith(".") for part in file.relative_to(path).parts)
-            if is_hidden or file.is_dir():
+            if file.is_dir() or any(part.startswith(".") for part in file.relative_to(path).parts):
                 continue
             try:
-                *full, rest = MESSAGES.findall(rest + file.read_text(encoding="utf-8") + "\n")
+                text = io.StringIO(file.read_text(encoding="utf-8"))
             except (OSError, UnicodeDecodeError):
                 click.echo(f"  skipped, since it cannot be read as text: {file}", err=True)
-            else:
-                yield from full
-    if rest.strip():
-        yield rest
+                continue
+            while part := text.read(MESSAGE_SIZE) + text.readline():
+                yield part
 
 
 @lesson()
@@ -386,7 +371,7 @@ def run_lesson(name: str, run: Run, paths: Iterable[Path]) -> dict[str, Any]:
     function, needs = LESSONS[name]
     result: Rows | str = []
     started, status, reason = time.perf_counter(), "passed", ""
-    if missing := [need for need in needs if fix_for(need, run)]:
+    if missing := [need for need in needs if not NEEDS[need][0](run)]:
         status, reason = "skipped", f"needs {missing[0]}"
     else:
         try:
@@ -414,18 +399,10 @@ def summarize(outcomes: list[dict[str, Any]], run: Run) -> str:
     counts = Counter(outcome["status"] for outcome in outcomes)
     seconds = sum(outcome["seconds"] for outcome in outcomes)
     text = ", ".join(f"{number} {status}" for status, number in counts.items()) + f" in {seconds:.0f} s."
-    skipped = [outcome["lesson"] for outcome in outcomes if outcome["status"] == "skipped"]
-    if skipped:
-        fix = next(filter(None, (fix_for(need, run) for need in LESSONS[skipped[0]][1])))
-        text += f" To run {' and '.join(filter(None, [', '.join(skipped[:-1]), skipped[-1]]))}: {fix}"
+    if skipped := [outcome["lesson"] for outcome in outcomes if outcome["status"] == "skipped"]:
+        fix = next(NEEDS[need][1] for need in LESSONS[skipped[0]][1] if not NEEDS[need][0](run))
+        text += f" To run {', '.join(skipped)}: {fix}"
     return text
-
-
-def list_lessons() -> None:
-    """Print the name of each lesson and what it shows."""
-    for name, (function, needs) in LESSONS.items():
-        click.echo(f"{name:<10} {'*' if 'RabbitMQ' in needs else ' '} {function.__doc__}")
-    click.echo("* needs RabbitMQ")
 
 
 PATH = click.Path(exists=True, path_type=Path)
@@ -451,7 +428,9 @@ def cli(names: tuple[str, ...], paths: tuple[Path, ...], as_list: bool, embedded
     Exit status: 0; 1 if a lesson failed; 2 if something around the lessons is wrong.
     """
     if as_list:
-        list_lessons()
+        for name, (function, needs) in LESSONS.items():
+            click.echo(f"{name:<10} {'*' if 'RabbitMQ' in needs else ' '} {function.__doc__}")
+        click.echo("* needs RabbitMQ")
         return 0
     outcomes = []
     app.backend.as_uri()  # A wrong CELERY_RESULT_BACKEND is reported before anything starts

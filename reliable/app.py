@@ -5,13 +5,11 @@ import copy
 import os
 import weakref
 from collections.abc import Iterable
-from types import ModuleType
 from typing import Any, ClassVar
 
 import celery
 import click
 from celery.loaders.app import AppLoader
-from celery.utils.collections import DictAttribute
 from kombu import pools
 
 from reliable import bulk, publishing, topology
@@ -24,11 +22,6 @@ def add_settings(sender: celery.Celery, source: Any, **_: Any) -> None:
 
     Those of `app.add_defaults()` override what an app reads from an object.
     """
-    read = source.maps[-2]
-    if isinstance(read, DictAttribute) and isinstance(read.obj, ModuleType):
-        # The same names, without two exceptions for each one that the module does not have. Celery looks up
-        # seven settings per call.
-        source.maps[-2] = vars(read.obj)
     source.maps.insert(-1, copy.deepcopy(SETTINGS))  # An app may change them in place
 
 

@@ -34,8 +34,8 @@ class ResultConsumer(CeleryResultConsumer):
         self.lock = threading.RLock()
         #: When a result came last, in seconds.
         self.last_result = time.monotonic()
-        #: When the last state of each task came.
-        self.unread: dict[str, float] = {}
+        #: When the last state of each task came, oldest first.
+        self.received_at: dict[str, float] = {}
 
     @property
     def is_consuming(self) -> bool:
@@ -124,9 +124,10 @@ class ResultConsumer(CeleryResultConsumer):
             super().on_state_change(meta, message)
         except OSError as error:
             raise RuntimeError("on_message failed") from error
-        self.unread[meta["task_id"]] = self.last_result
+        self.received_at.pop(meta["task_id"], None)
+        self.received_at[meta["task_id"]] = self.last_result
         oldest = self.last_result - (self.backend.expires or math.inf)
-        for task_id in list(takewhile(lambda task_id: self.unread[task_id] < oldest, self.unread)):
-            del self.unread[task_id]
+        for task_id in list(takewhile(lambda task_id: self.received_at[task_id] < oldest, self.received_at)):
+            del self.received_at[task_id]
             with contextlib.suppress(KeyError):
                 del self._pending_messages[task_id]

@@ -33,7 +33,7 @@ def test_all_lessons_run_without_rabbitmq() -> None:
     assert "Traceback" not in finished.stderr
     assert finished.stderr.startswith("Embedded broker and worker")
     assert "10 passed, 3 skipped in " in finished.stderr
-    assert "To run nodes, priorities and crash: docker compose up -d --wait" in finished.stderr
+    assert "To run nodes, priorities, crash: docker compose up -d --wait" in finished.stderr
 
 
 def test_plain_lines_where_there_is_no_terminal() -> None:

@@ -2,7 +2,6 @@
 
 import pickle
 from datetime import datetime
-from types import ModuleType
 from zoneinfo import ZoneInfo
 
 import pytest
@@ -31,15 +30,6 @@ def test_the_settings_of_an_app_override_those_of_the_package() -> None:
     assert app.conf.task_acks_late
     app.conf.task_acks_late = False
     assert not app.conf.task_acks_late
-
-
-def test_a_module_of_settings_is_read_as_it_is_now() -> None:
-    module = ModuleType("settings_of_a_test")
-    app = Celery("one", set_as_current=False)
-    app.config_from_object(module)
-    assert app.conf.task_time_limit == SETTINGS["task_time_limit"]
-    module.task_time_limit = 60  # type: ignore[attr-defined]
-    assert app.conf.task_time_limit == 60
 
 
 def test_two_apps_have_settings_and_tasks_of_their_own() -> None:
