@@ -8,7 +8,7 @@ from typing import Any
 from uuid import UUID, uuid4
 
 from celery import Signature
-from flask import Flask
+from flask import Flask, render_template
 from kombu.exceptions import OperationalError
 
 import tasks
@@ -20,37 +20,12 @@ if tasks.app.conf.result_backend == "rpc://":  # Only the process that called a 
 run_until_exit(tasks.app)
 app = Flask(__name__)
 EMAILS = [f"customer{number}@example.com" for number in range(8)]
-PAGE = """<!doctype html><meta charset="utf-8"><title>Checkout</title>
-<style>body {{ font: 1.2em sans-serif; margin: 3em }} button {{ font: inherit; margin-right: 1em }}</style>
-<h1>Order <span id="order">{order}</span></h1>
-<button onclick="checkOut('slow')">Check out, one after another</button>
-<button onclick="checkOut('celery')">Check out with Celery</button>
-<p id="answer"></p>Parcel: <progress id="parcel" max="10" value="0"></progress><ul id="states"></ul>
-<script>
-const order = document.getElementById("order").innerText
-async function checkOut(way) {{
-  const clicked = performance.now()
-  answer.innerText = "The page waits …"
-  const response = await fetch(`/orders/${{order}}/${{way}}`, {{method: "POST"}})
-  const seconds = ((performance.now() - clicked) / 1000).toFixed(1)
-  answer.innerText = `${{await response.text()}} The page answered after ${{seconds}} s.`
-  if (response.ok && way == "celery") follow()
-}}
-async function follow() {{
-  const now = await (await fetch(`/orders/${{order}}`)).json()
-  states.replaceChildren(...Object.entries(now.states).map(([task, state]) =>
-    Object.assign(document.createElement("li"), {{innerText: `${{task}}: ${{state}}`}})))
-  parcel.value = now.packed || 0
-  const ended = state => state == "SUCCESS" || state == "FAILURE"
-  if (!Object.values(now.states).every(ended)) setTimeout(follow, 200)
-}}
-</script>"""
 
 
 @app.get("/")
 def page() -> str:
     """Show the page. The number of its order is the idempotency key of the payment."""
-    return PAGE.format(order=uuid4())
+    return render_template("checkout.html", order=uuid4())
 
 
 @app.post("/orders/<uuid:order>/slow")

@@ -50,7 +50,7 @@ class RefusesMessages(Consumer):
         RabbitMQ cannot tell the caller, so a worker does it. Without this, a task that kills its whole worker
         each time would leave its caller waiting.
         """
-        if not message.delivery_info["redelivered"]:
+        if not message.delivery_info.get("redelivered"):  # kombu's own broker does not say
             return False
         name = message.delivery_info["routing_key"].rpartition(".")[2]  # The delay queues put bits before it
         queue = self.app.amqp.queues.get(name)

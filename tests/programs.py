@@ -6,8 +6,9 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from urllib.request import urlopen
 
-from reliable.rabbitmq_node import clean_environment
+from reliable.rabbitmq_node import Program, clean_environment, free_port
 
 PROJECT = Path(__file__).parent.parent
 #: Where Python finds the shop and `apps`, the task modules of the tests.
@@ -63,3 +64,33 @@ def what_is_wrong(finished: "subprocess.CompletedProcess[str]") -> str:
     assert fix.startswith("Fix: ")
     assert "secret" not in finished.stderr
     return what
+
+
+class WebServer(Program):
+    """A web server on a free port, with its log in a file.
+
+    Args:
+        folder: where the log goes, and where Python looks for modules first.
+        arguments: of Python, in which `PORT` stands for the port.
+        first_page: what answers once the server is ready.
+        variables: for its environment.
+    """
+
+    def __init__(self, folder: Path, arguments: str, first_page: str = "", **variables: str) -> None:
+        self.port, self.first_page = free_port(), first_page
+        paths = os.pathsep.join([str(folder), PATHS["PYTHONPATH"]])
+        environment = clean_environment(PYTHONPATH=paths, **variables)
+        command = [sys.executable, *arguments.replace("PORT", str(self.port)).split()]
+        super().__init__(command, folder / "server.log", envvars=environment, timeout=60)  # Seconds
+
+    def get(self, path: object, data: bytes | None = None) -> str:
+        """Return what a page answers, to a POST if there is data."""
+        with urlopen(f"http://127.0.0.1:{self.port}/{path}", data, timeout=60) as answer:
+            return str(answer.read().decode())
+
+    def after_start_check(self) -> bool:
+        """Return whether it answers."""
+        try:
+            return bool(self.get(self.first_page))
+        except OSError:
+            return False

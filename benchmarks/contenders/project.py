@@ -8,6 +8,7 @@ from typing import Any
 from celery.worker.consumer import Consumer
 from work import mark, mark_slowly
 
+from reliable import result_consumer
 from reliable.acknowledging import AcknowledgesInGroups
 from tasks import app
 
@@ -19,6 +20,7 @@ if settings.pop("unconfirmed", False):
     app.conf.broker_transport_options |= {"confirm_publish": False}
 if settings.pop("ungrouped", False):
     AcknowledgesInGroups.call_soon_ack = Consumer.call_soon_ack  # type: ignore[method-assign]
+    result_consumer.GROUP = 1
 app.conf.update(settings)
 
 WORKER = ("-m", "celery", "-A", "tasks", "worker", "-c2", "-lerror", "--include", "project")

@@ -2,53 +2,21 @@
 
 import shutil
 import socket
-import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from urllib.parse import urlsplit
-from urllib.request import urlopen
 
 import pytest
-from programs import PATHS, PROJECT, python, start_python
+from programs import PROJECT, WebServer, python, start_python
 
-from reliable.rabbitmq_node import Program, clean_environment, free_port
 from reliable.testing import Worker, until
 
 pytestmark = pytest.mark.usefixtures("worker")
 
 
 # --- Web servers --------------------------------------------------------------------------------
-class Server(Program):
-    """A web server on a free port, with its log in a file.
-
-    Args:
-        url: the broker URL.
-        folder: where the log goes, and where Python looks for modules first.
-        arguments: of Python, in which `PORT` stands for the port.
-    """
-
-    def __init__(self, url: str, folder: Path, arguments: str) -> None:
-        self.port = free_port()
-        paths = f"{folder}:{PATHS['PYTHONPATH']}"
-        environment = clean_environment(CELERY_BROKER_URL=url, PYTHONPATH=paths)
-        command = [sys.executable, *arguments.replace("PORT", str(self.port)).split()]
-        super().__init__(command, folder / "server.log", envvars=environment, timeout=60)  # Seconds
-
-    def get(self, path: object) -> str:
-        """Request a page."""
-        with urlopen(f"http://127.0.0.1:{self.port}/{path}", timeout=60) as answer:
-            return str(answer.read().decode())
-
-    def after_start_check(self) -> bool:
-        """Return whether it answers."""
-        try:
-            return self.get(0) == "1"
-        except OSError:
-            return False
-
-
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -58,7 +26,7 @@ class Server(Program):
     ids=["gunicorn --preload", "uvicorn"],
 )
 def test_a_web_server_gets_its_results(arguments: str, rabbitmq: str, tmp_path: Path) -> None:
-    with Server(rabbitmq, tmp_path, arguments) as server:
+    with WebServer(tmp_path, arguments, "0", CELERY_BROKER_URL=rabbitmq) as server:
         check(server)
 
 
@@ -75,7 +43,7 @@ def test_a_development_server_gets_its_results(
 ) -> None:
     # Given a server with a thread for each request
     file = Path(shutil.copy(PROJECT / "tests" / "apps" / f"{module}.py", tmp_path))
-    with Server(rabbitmq, tmp_path, arguments) as server:
+    with WebServer(tmp_path, arguments, "0", CELERY_BROKER_URL=rabbitmq) as server:
         check(server)
         # When it loads a changed file, then it still does
         file.write_text(file.read_text().replace("VERSION = 1", "VERSION = 2"))
@@ -83,7 +51,7 @@ def test_a_development_server_gets_its_results(
         check(server)
 
 
-def check(server: Server) -> None:
+def check(server: WebServer) -> None:
     """Check that requests at the same time get their own results, also when a worker process is killed."""
     with ThreadPoolExecutor(4) as pool:
         label = pool.submit(server.get, "label")
@@ -154,6 +122,22 @@ print(call(0), call(1), call(2), *{pool}(5).imap(call, range(3, 30)))
 """
     finished = python("-c", code, CELERY_BROKER_URL=rabbitmq)
     assert finished.stdout.split() == [str(number) for number in range(1, 31)], finished.stderr
+
+
+# --- Acknowledging results ----------------------------------------------------------------------
+def test_results_are_acknowledged_in_groups_and_none_is_lost(rabbitmq: str) -> None:
+    # Given a caller that has read 50 results, of which the last ten are not acknowledged
+    code = """
+import tasks
+consumer = tasks.app.backend.result_consumer
+results = [tasks.add.delay(number, 0) for number in range(50)]
+print(sum(result.get(timeout=5) for result in results), consumer.unacknowledged)
+late = tasks.add.delay(1, 1)
+consumer._connection.connection.transport.sock.shutdown(2)
+print(late.get(timeout=5), sum(result.get() for result in results), consumer.unacknowledged)
+"""
+    # When its connection is lost, then it gets the next result after those ten
+    assert python("-c", code, CELERY_BROKER_URL=rabbitmq).stdout == "1225 10\n2 1225 11\n"
 
 
 # --- A connection that went silent --------------------------------------------------------------

@@ -1,55 +1,40 @@
 """The checkout page: over HTTP, and as a visitor sees it in a browser."""
 
 import json
-import sys
 import time
 import uuid
 from pathlib import Path
 from urllib.error import HTTPError
-from urllib.request import urlopen
 
 import pytest
 from playwright.sync_api import Page, expect
-from programs import PATHS, python, what_is_wrong
+from programs import PATHS, WebServer, python, what_is_wrong
 
-from reliable.rabbitmq_node import Program, clean_environment, free_port
+from reliable.rabbitmq_node import free_port
 from reliable.testing import Worker, until
 
 FLASK = "-m flask --app web run --port PORT"
 GUNICORN = "-m gunicorn --workers 3 --bind 127.0.0.1:PORT web:app"
 
 
-class Server(Program):
-    """The web server of the shop on a free port, with a database of its own."""
+class Shop(WebServer):
+    """The web server of the shop, with a database of its own."""
 
     def __init__(self, folder: Path, arguments: str = FLASK, **variables: str) -> None:
-        self.port = free_port()
-        self.variables = {"CELERY_RESULT_BACKEND": f"db+sqlite:///{folder}/results", **PATHS, **variables}
-        command = [sys.executable, *arguments.replace("PORT", str(self.port)).split()]
-        environment = clean_environment(**self.variables)
-        super().__init__(command, folder / "web.log", envvars=environment, timeout=60)  # Seconds
-
-    def after_start_check(self) -> bool:
-        """Return whether it answers."""
-        try:
-            with urlopen(f"http://127.0.0.1:{self.port}/") as answer:
-                return bool(answer.status == 200)
-        except OSError:
-            return False
+        self.variables = {"CELERY_RESULT_BACKEND": f"db+sqlite:///{folder}/results", **variables}
+        super().__init__(folder, arguments, **self.variables)
 
     def check_out(self, order: uuid.UUID) -> str:
         """Click the second button."""
-        with urlopen(f"http://127.0.0.1:{self.port}/orders/{order}/celery", data=b"") as answer:
-            return str(answer.read().decode())
+        return self.get(f"orders/{order}/celery", b"")
 
     def states(self, order: uuid.UUID) -> set[str]:
         """Return the states of the tasks of an order."""
-        with urlopen(f"http://127.0.0.1:{self.port}/orders/{order}") as answer:
-            return set(json.load(answer)["states"].values())
+        return set(json.loads(self.get(f"orders/{order}"))["states"].values())
 
 
 def test_a_visitor_waits_for_slow_work_unless_celery_does_it(page: Page, tmp_path: Path) -> None:
-    with Server(tmp_path, CELERY_BROKER_URL="memory://") as server:
+    with Shop(tmp_path, CELERY_BROKER_URL="memory://") as server:
         page.goto(f"http://127.0.0.1:{server.port}/")
         page.get_by_text("one after another").click()
         expect(page.locator("#answer")).to_contain_text("eight e-mails sent", timeout=20_000)
@@ -64,9 +49,9 @@ def test_a_visitor_waits_for_slow_work_unless_celery_does_it(page: Page, tmp_pat
 
 def test_a_double_click_charges_once(fresh: str, tmp_path: Path) -> None:
     order = uuid.uuid4()
-    with Server(tmp_path, CELERY_BROKER_URL=fresh) as server:
+    with Shop(tmp_path, CELERY_BROKER_URL=fresh) as server:
         assert [server.check_out(order), server.check_out(order)] == ["Thank you.", "Thank you."]
-        with Worker("tasks", fresh, tmp_path, "-c1", **server.variables) as worker:
+        with Worker("tasks", fresh, tmp_path, "-c1", **PATHS, **server.variables) as worker:
             until(lambda: worker.log.read_text().count("tasks.charge_card[") == 4)  # Two received, two ended
             assert f"'{order} was paid before'" in worker.log.read_text()
             until(lambda: server.states(order) == {"SUCCESS"}, 60)
@@ -74,16 +59,16 @@ def test_a_double_click_charges_once(fresh: str, tmp_path: Path) -> None:
 
 def test_every_process_of_the_web_server_shows_the_same(fresh: str, tmp_path: Path) -> None:
     order = uuid.uuid4()
-    with Server(tmp_path, GUNICORN, CELERY_BROKER_URL=fresh) as server:
+    with Shop(tmp_path, GUNICORN, CELERY_BROKER_URL=fresh) as server:
         server.check_out(order)
-        with Worker("tasks", fresh, tmp_path, "-c4", **server.variables):
+        with Worker("tasks", fresh, tmp_path, "-c4", **PATHS, **server.variables):
             until(lambda: server.states(order) == {"SUCCESS"})
             assert [server.states(order) for _ in range(20)] == [{"SUCCESS"}] * 20
 
 
 def test_an_order_that_rabbitmq_does_not_take_is_refused(tmp_path: Path) -> None:
     url = f"amqp://guest:guest@127.0.0.1:{free_port()}//"
-    with Server(tmp_path, CELERY_BROKER_URL=url) as server:
+    with Shop(tmp_path, CELERY_BROKER_URL=url) as server:
         started = time.monotonic()
         with pytest.raises(HTTPError, match="503") as refused:
             server.check_out(uuid.uuid4())
