@@ -11,17 +11,17 @@ import time
 from typing import Any
 
 from amqp import AMQPError
-from celery.backends.rpc import RPCBackend as CeleryRPCBackend
 from celery.result import task_join_will_block
 from kombu import Producer, Queue
 from kombu.common import maybe_declare
 from kombu.exceptions import OperationalError
 
 from reliable import topology
+from reliable.chords import ChordBackend
 from reliable.result_consumer import ResultConsumer
 
 
-class RPCBackend(CeleryRPCBackend):
+class RPCBackend(ChordBackend):
     """Results as messages in a reply queue of the program that calls, one for all of its threads."""
 
     ResultConsumer = ResultConsumer

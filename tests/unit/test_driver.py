@@ -89,7 +89,7 @@ def test_files_that_are_not_text_are_skipped_and_named(
     (tmp_path / "dangling").symlink_to("nowhere")
     (tmp_path / ".hidden").write_text("hidden")
     (tmp_path / "text").write_text("fish")
-    assert list(run_tasks.cut([tmp_path])) == ["fish"]
+    assert list(run_tasks.cut([tmp_path])) == ["fish\n"]
     assert [Path(line).name for line in capsys.readouterr().err.splitlines()] == ["binary", "dangling"]
 
 

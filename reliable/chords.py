@@ -1,0 +1,150 @@
+"""Chords on RabbitMQ alone. Celery has them only for other result backends.
+
+The parts of a chord, which are the results of its tasks, wait in a queue of the chord. Each task adds its
+part before its message is acknowledged. The task that finds all parts there takes them, calls the body, and
+deletes the queue. If its worker dies in between, RabbitMQ has the parts again, and delivers that task again.
+So a body is called once, or again after a crash.
+
+https://docs.celeryq.dev/en/stable/userguide/canvas.html#chords
+"""
+
+import time
+from collections.abc import Iterable
+from typing import Any
+
+from amqp import AccessRefused, AMQPError, NotFound
+from celery import states
+from celery.app.task import Context
+from celery.backends.rpc import RPCBackend
+from celery.canvas import maybe_signature
+from celery.exceptions import ChordError
+from celery.result import GroupResult
+from celery.utils.log import get_logger
+from kombu import Connection, Exchange, Queue
+from kombu.exceptions import OperationalError
+
+from reliable import topology
+
+logger = get_logger(__name__)
+
+#: How long a task waits before it tries again to add its part, in seconds.
+RETRY = 1
+
+
+def count_tasks(results: Iterable[Any]) -> int:
+    """Return how many tasks will add a part to a chord of these results."""
+    return sum(count_tasks(result) if isinstance(result, GroupResult) else 1 for result in results)
+
+
+class ChordBackend(RPCBackend):
+    """A result backend with chords."""
+
+    def ensure_chords_allowed(self) -> None:
+        """Allow chords, which Celery's rpc:// backend refuses."""
+
+    def chord_queue(self, group_id: str) -> Queue:
+        """Describe the queue for the parts of a chord. It expires if its tasks never run."""
+        arguments = topology.temporary(self.app)
+        return Queue(f"chord-{group_id}", Exchange(""), expires=self.expires, queue_arguments=arguments)
+
+    def apply_chord(self, header_result_args: Any, body: Any, **_: Any) -> None:
+        """Declare the queue of a chord before its tasks are published, and tell them how many they are.
+
+        Raises:
+            kombu.exceptions.OperationalError: RabbitMQ is away.
+        """
+        group_id, results = header_result_args
+        body["chord_size"] = count_tasks(results)
+        with self.app.pool.acquire(block=True) as connection:
+            connection.ensure_connection(**self.app.conf.task_publish_retry_policy)
+            with connection.channel() as channel:
+                self.chord_queue(group_id)(channel).declare()
+
+    def on_chord_part_return(self, request: Context, state: str, result: Any, **_: Any) -> None:
+        """Add the part of a task to its chord. It waits for RabbitMQ, as a result does.
+
+        Raises:
+            kombu.exceptions.OperationalError, amqp.AMQPError, OSError: RabbitMQ is away. This is raised only
+                in the main process of a worker, which has other tasks to care for.
+        """
+        while True:
+            try:
+                return self.add_part(request, state, result)
+            except (OperationalError, AMQPError, OSError) as error:
+                if not self.app.current_worker_task:
+                    raise
+                logger.warning("The part of a chord cannot be added now: %s", error)
+                time.sleep(RETRY)
+
+    def add_part(self, request: Context, state: str, result: Any) -> None:
+        """Publish the part of a task, and complete the chord if all parts are there."""
+        body = dict(request.chord)
+        size = body.pop("chord_size")
+        queue = self.chord_queue(request.group)
+        part = {
+            "index": request.group_index,
+            "task_id": request.id,
+            "state": state,
+            "result": self.encode_result(result, state),
+        }
+        with self.app.amqp.producer_pool.acquire(block=True) as producer:
+            publish = {"retry": True, "retry_policy": self.retry_policy, "serializer": self.serializer}
+            producer.publish(part, routing_key=queue.name, delivery_mode=2, **publish)
+            try:
+                while (found := self.count_parts(producer.connection, queue)) >= size:
+                    with self.app.connection_for_read() as connection:
+                        self.complete(connection, queue, found, size, body)
+            except NotFound:
+                pass  # The chord is complete, and this task has run twice
+            except AccessRefused:
+                pass  # Another task has the parts. It looks for more before it leaves them
+
+    def count_parts(self, connection: Connection, queue: Queue) -> int:
+        """Return how many parts are in a queue. Raises amqp.NotFound if it is deleted."""
+        with connection.channel() as channel:
+            return int(queue(channel).queue_declare(passive=True).message_count)
+
+    def complete(self, connection: Connection, queue: Queue, found: int, size: int, body: Any) -> None:
+        """Take the parts of a chord as the only one. If none is missing, call the body and delete the queue.
+
+        If one is missing, a task has run twice: its second part is dropped, and the others are put back.
+
+        Raises:
+            amqp.AccessRefused: another task takes them.
+        """
+        channel = connection.channel()
+        parts: dict[str, dict[str, Any]] = {}
+        taken = 0
+
+        def take(message: Any) -> None:
+            nonlocal taken
+            message = channel.message_to_python(message)
+            message.accept = self.accept
+            part = message.payload
+            if part["task_id"] in parts:
+                channel.basic_ack(message.delivery_tag)
+            parts.setdefault(part["task_id"], part)
+            taken += 1
+
+        channel.basic_consume(queue.name, no_ack=False, consumer_tag="parts", callback=take, exclusive=True)
+        while taken < found:
+            connection.drain_events(timeout=RETRY)
+        if len(parts) == size:
+            in_order = sorted(parts.values(), key=lambda part: part["index"] or 0)
+            self.call_body(maybe_signature(body, app=self.app), in_order)
+            queue(channel).delete()
+
+    def call_body(self, body: Any, parts: list[dict[str, Any]]) -> None:
+        """Call the body of a chord with the results, or fail it with the first error of a task."""
+        failed = [part for part in parts if part["state"] != states.SUCCESS]
+        if not failed:
+            body.delay([part["result"] for part in parts])
+            return
+        cause = self.exception_to_python(failed[0]["result"])
+        try:
+            raise ChordError(f"Dependency {failed[0]['task_id']} raised {cause!r}") from cause
+        except ChordError as error:
+            self.chord_error_from_stack(body, error)
+            if outer := body.options.get("chord"):  # The body is part of another chord, which fails as well
+                context = Context(body.options, id=body.id, group=body.options["group_id"], chord=outer)
+                self.add_part(context, states.FAILURE, error)
