@@ -16,12 +16,13 @@ from amqp import AccessRefused, AMQPError, NotFound
 from celery import states
 from celery.app.task import Context
 from celery.backends.rpc import RPCBackend
-from celery.canvas import maybe_signature
+from celery.canvas import Signature, group, maybe_signature
 from celery.exceptions import ChordError
 from celery.result import GroupResult
 from celery.utils.log import get_logger
 from kombu import Connection, Exchange, Queue
 from kombu.exceptions import OperationalError
+from kombu.utils.functional import maybe_list
 
 from reliable import topology
 
@@ -55,10 +56,9 @@ class ChordBackend(RPCBackend):
         """
         group_id, results = header_result_args
         body["chord_size"] = count_tasks(results)
-        with self.app.pool.acquire(block=True) as connection:
-            connection.ensure_connection(**self.app.conf.task_publish_retry_policy)
-            with connection.channel() as channel:
-                self.chord_queue(group_id)(channel).declare()
+        with self.app.amqp.producer_pool.acquire(block=True) as producer:
+            queue = self.chord_queue(group_id)(producer.channel)
+            producer.connection.ensure(queue, queue.declare, **self.app.conf.task_publish_retry_policy)()
 
     def on_chord_part_return(self, request: Context, state: str, result: Any, **_: Any) -> None:
         """Add the part of a task to its chord. It waits for RabbitMQ, as a result does.
@@ -134,17 +134,29 @@ class ChordBackend(RPCBackend):
             self.call_body(maybe_signature(body, app=self.app), in_order)
             queue(channel).delete()
 
-    def call_body(self, body: Any, parts: list[dict[str, Any]]) -> None:
+    def call_body(self, body: Signature, parts: list[dict[str, Any]]) -> None:
         """Call the body of a chord with the results, or fail it with the first error of a task."""
         failed = [part for part in parts if part["state"] != states.SUCCESS]
         if not failed:
             body.delay([part["result"] for part in parts])
             return
         cause = self.exception_to_python(failed[0]["result"])
-        try:
-            raise ChordError(f"Dependency {failed[0]['task_id']} raised {cause!r}") from cause
-        except ChordError as error:
-            self.chord_error_from_stack(body, error)
-            if outer := body.options.get("chord"):  # The body is part of another chord, which fails as well
-                context = Context(body.options, id=body.id, group=body.options["group_id"], chord=outer)
-                self.add_part(context, states.FAILURE, error)
+        error = ChordError(f"Dependency {failed[0]['task_id']} raised {cause!r}")
+        error.__cause__ = cause
+        self.fail(body, error)
+
+    def fail(self, body: Signature, error: ChordError) -> None:
+        """Report a failed chord to all that wait for its body: caller, `link_error`, chain, another chord.
+
+        Celery's own method needs a task that runs, which the main process of a worker has not, and forgets
+        the other chord.
+        """
+        inner = getattr(body, "tasks", []) if isinstance(body, group) else [getattr(body, "body", None)]
+        for task in filter(None, inner):
+            self.fail(task, error)
+        options = body.options
+        request = Context(
+            options, id=body.id, task=body.task, group=options.get("group_id"), delivery_info={}
+        )
+        request.update(errbacks=maybe_list(options.get("link_error")), correlation_id=body.id)
+        self.mark_as_failure(body.id, error, request=request)

@@ -90,7 +90,6 @@ class Node(Program):
             RABBITMQ_MNESIA_BASE=str(folder / "data"),
             RABBITMQ_LOG_BASE=str(folder / "log"),
             RABBITMQ_ENABLED_PLUGINS_FILE=str(folder / "plugins"),
-            RABBITMQ_CTL_ERL_ARGS="-kernel net_setuptime 60",  # Seconds: seven are too few on a busy machine
         )
         self.environment |= variables
         command = [rabbitmq_program("rabbitmq-server")]

@@ -7,6 +7,7 @@ import atexit
 import contextlib
 import math
 import os
+import sys
 import time
 from typing import Any
 
@@ -60,8 +61,10 @@ class RPCBackend(ChordBackend):
                 del self._pending_messages[result.id]  # Otherwise its empty buffer stays forever
             return added
 
-    def get_task_meta(self, task_id: str, backlog_limit: int = 1000) -> Any:
+    def get_task_meta(self, task_id: str, backlog_limit: int = sys.maxsize) -> Any:
         """Return the state of a task, for `.state` and `.ready()`.
+
+        By default Celery raises an error where more than 1,000 results wait, as those of a hundred chords do.
 
         Since the first `get()` the consumer receives all results, and Celery's own method finds none.
         """

@@ -30,6 +30,9 @@ pytestmark = pytest.mark.timeout(400)  # seconds
 class Shop:
     """A publisher and a worker at work, on a broker and with a ledger of their own."""
 
+    #: The program that publishes.
+    module = "apps.ledger"
+
     def __init__(self, url: str, folder: Path, *arguments: str) -> None:
         self.url, self.folder, self.ledger, self.arguments = url, folder, folder / "ledger", arguments
         self.variables = {**PATHS, "LEDGER": str(self.ledger)}
@@ -262,7 +265,7 @@ def break_under_load(
     """Let a fault happen while a publisher and a worker are at work, and check what is left."""
     # Given a worker and a publisher under load
     shop.start_worker()
-    command = [sys.executable, "-m", "apps.ledger", str(tasks), str(pace)]
+    command = [sys.executable, "-m", shop.module, str(tasks), str(pace)]
     environment = clean_environment(CELERY_BROKER_URL=shop.url, **shop.variables)
     try:
         with (
@@ -314,6 +317,19 @@ def test_nothing_is_lost_with_a_worker_when(
     # A process that is replaced after each task costs a tenth of a second of processor time
     tasks = 300 if "--max-memory-per-child" in arguments else TASKS
     break_under_load(fault, Shop(fresh, tmp_path, *arguments.split()), [session_node], tasks=tasks)
+
+
+class ShopWithChords(Shop):
+    """The same with a hundred chords of ten tasks. Each body gets the result of each of its tasks."""
+
+    module = "apps.chords"
+
+
+@pytest.mark.parametrize("fault", [pool_processes_are_killed, the_worker_is_killed])
+def test_no_chord_is_lost_with_a_worker_when(
+    fault: Fault, fresh: str, session_node: Node, tmp_path: Path
+) -> None:
+    break_under_load(fault, ShopWithChords(fresh, tmp_path), [session_node])
 
 
 @pytest.mark.parametrize(("sign", "repeated"), [(signal.SIGTERM, 0), (signal.SIGKILL, 4)])
@@ -377,6 +393,11 @@ def test_a_soft_shutdown_hands_back_what_it_can_not_finish(fresh: str, tmp_path:
 def test_nothing_is_lost_with_rabbitmq_when(fault: Fault, arguments: str, node: Node, tmp_path: Path) -> None:
     # The pace (seconds): else the publisher may be through before the fault is there
     break_under_load(fault, Shop(node.url, tmp_path, *arguments.split()), [node], pace=0.02)
+
+
+@pytest.mark.parametrize("fault", [connections_are_closed, rabbitmq_is_killed])
+def test_no_chord_is_lost_with_rabbitmq_when(fault: Fault, node: Node, tmp_path: Path) -> None:
+    break_under_load(fault, ShopWithChords(node.url, tmp_path), [node], pace=0.2)
 
 
 @pytest.mark.parametrize("fault", [leaders_are_killed, two_of_three_are_killed])

@@ -1,0 +1,103 @@
+"""Chords with rpc:// results: each form that Celery has, with a real worker."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from amqp import NotFound
+from celery import chord, group
+from celery.exceptions import ChordError
+
+from reliable.testing import Worker, depth, take, until
+
+pytestmark = pytest.mark.usefixtures("worker")
+
+
+def numbers(shop: Any, *values: int) -> list[Any]:
+    """Return tasks that return these numbers."""
+    return [shop.add.s(value, 0) for value in values]
+
+
+FORMS: dict[str, tuple[Callable[[Any], Any], Any]] = {
+    "a list": (lambda shop: chord(numbers(shop, 1, 2, 3), shop.total.s()), 6),
+    "a generator": (lambda shop: chord((shop.add.s(n, 0) for n in range(4)), shop.total.s()), 6),
+    "one task": (lambda shop: chord(numbers(shop, 5), shop.total.s()), 5),
+    "no task": (lambda shop: chord([], shop.total.s()), 0),
+    "a group and a task": (lambda shop: group(numbers(shop, 1, 2)) | shop.total.s(), 3),
+    "of chains": (lambda shop: chord([shop.add.s(n, 0) | shop.add.s(1) for n in (1, 2)], shop.total.s()), 5),
+    "of a chord": (
+        lambda shop: chord([chord(numbers(shop, 1, 2), shop.total.s()), *numbers(shop, 3)], shop.total.s()),
+        6,
+    ),
+    "of a group": (lambda shop: chord([group(numbers(shop, 1, 2)), *numbers(shop, 3)], shop.total.s()), 6),
+    "of a chain that ends in a group": (
+        lambda shop: chord([shop.add.s(1, 0) | group(shop.add.s(1), shop.add.s(2))], shop.total.s()),
+        5,
+    ),
+    "a chain of chords": (
+        lambda shop: (
+            group(numbers(shop, 1, 2)) | shop.total.s() | group(shop.add.s(1), shop.add.s(2)) | shop.total.s()
+        ),
+        9,
+    ),
+    "a chain as body": (lambda shop: chord(numbers(shop, 1, 2), shop.total.s() | shop.add.s(1)), 4),
+    "a group as body": (lambda shop: chord(numbers(shop, 1), group(shop.total.s(), shop.total.s())), [1, 1]),
+    "a chord as body": (
+        lambda shop: chord(numbers(shop, 1), chord([shop.total.s(), shop.total.s()], shop.total.s())),
+        2,
+    ),
+    "a body on another queue": (
+        lambda shop: chord(numbers(shop, 1, 2), shop.total.s().set(queue="priority")),
+        3,
+    ),
+    "a thousand tasks": (lambda shop: chord(numbers(shop, *range(1000)), shop.total.s()), 499_500),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_chord(form: str, shop: Any) -> None:
+    make, expected = FORMS[form]
+    assert make(shop).delay().get(timeout=60) == expected
+
+
+def test_the_results_come_in_the_order_of_the_tasks(shop: Any) -> None:
+    # Given two tasks, of which the first ends last
+    tasks = [shop.send_email.s("Ada", 1), shop.send_email.s("Grace", 0)]
+    (results,) = chord(tasks, shop.app.tasks["celery.accumulate"].s()).delay().get(timeout=20)
+    assert results == ["sent to Ada", "sent to Grace"]
+
+
+def test_results_may_be_large(shop: Any) -> None:
+    texts = [" ".join(map(str, range(number, number + 10_000))) for number in range(10)]
+    body = shop.app.tasks["celery.accumulate"].s()
+    (counts,) = chord([shop.count_words.s(text) for text in texts], body).delay().get(timeout=20)
+    assert [len(counted) for counted in counts] == [10_000] * 10  # 120 kB each
+
+
+@pytest.mark.parametrize("is_nested", [False, True], ids=["of tasks", "of a chord"])
+def test_a_failure_fails_the_chord(shop: Any, worker: Worker, rabbitmq: str, is_nested: bool) -> None:
+    # Given a chord of which a task fails
+    part = shop.ship.s("sofa", 9e9)
+    if is_nested:
+        part = chord([part, *numbers(shop, 1)], shop.total.s())
+    errback = shop.receipt.si(4200 + is_nested)
+    result = chord([part, *numbers(shop, 2)], shop.total.s().on_error(errback)).delay()
+    # Then its caller and its link_error are told, and its queue is deleted
+    result.get(timeout=20, propagate=False)
+    assert isinstance(result.result, ChordError)
+    assert "sofa: out of stock" in str(result.result)
+    until(lambda: f"You paid {42 + is_nested / 100:.2f} EUR" in worker.log.read_text())
+    with pytest.raises(NotFound):
+        until(lambda: depth(rabbitmq, f"chord-{result.parent.id}") is None, 5)
+    take(rabbitmq, "dead-letters")
+
+
+def test_a_revoked_task_fails_its_chord(shop: Any) -> None:
+    # Given a task that is revoked before it is due
+    late = shop.add.s(1, 0).set(countdown=2)
+    late.freeze()
+    shop.app.control.revoke(late.id)
+    result = chord([late, *numbers(shop, 2)], shop.total.s()).delay()
+    # Then the caller is told
+    result.get(timeout=20, propagate=False)
+    assert isinstance(result.result, ChordError)
