@@ -17,7 +17,9 @@ The way of a task, and the module to read at each step:
     alive            it touches a file, for a health check
     delivery         a process runs the task; each way to fail ends in one place
     results          the result goes back to the caller
+    chords           the results of a chord wait for its body
     result_consumer  the caller receives it
+    aio              a coroutine waits for it
     dead_letters     a task that failed is kept
     commands         `celery dead-letters` lists these tasks, and runs them again
 

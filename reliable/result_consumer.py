@@ -37,6 +37,8 @@ class ResultConsumer(CeleryResultConsumer):
         self.drainer = Drainer(self)
         #: Held by the thread that receives for all threads of the program.
         self.lock = threading.RLock()
+        #: The thread that receives for coroutines. See `reliable/aio.py`.
+        self.receiver: Any = None
         #: How many results are not acknowledged yet.
         self.unacknowledged = 0
         #: When a result came last, in seconds.

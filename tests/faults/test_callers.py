@@ -9,8 +9,9 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
-from programs import PROJECT, WebServer, python, start_python
+from programs import PATHS, PROJECT, WebServer, python, start_python
 
+from reliable.rabbitmq_node import Node
 from reliable.testing import Worker, until
 
 pytestmark = pytest.mark.usefixtures("worker")
@@ -213,3 +214,21 @@ print(tasks.add.delay(1, 2).get(timeout=50))
         firewall.forget()
         # Then it gets that result, and others
         assert caller.communicate("\n", timeout=60)[0] == "sent to Ada\n3\n"
+
+
+# --- asyncio ------------------------------------------------------------------------------------
+def test_five_hundred_coroutines_get_their_results(node: Node, tmp_path: Path) -> None:
+    # Given coroutines of which some have called their tasks
+    with (
+        Worker("tasks", node.url, tmp_path, "-c2", **PATHS),
+        start_python("-m", "apps.awaiting", "500", CELERY_BROKER_URL=node.url) as caller,
+    ):
+        assert caller.stdout
+        for _ in range(100):
+            assert caller.stdout.readline() == "called\n"
+        # When RabbitMQ restarts
+        node.stop()
+        node.start()
+        # Then each of them gets its result, the event loop was never blocked, and waiting can end early
+        printed = caller.communicate(timeout=90)[0].replace("called\n", "").splitlines()
+        assert printed == ["True True", "CancelledError", "TimeoutError", "sent to Ada"]
