@@ -70,6 +70,9 @@ SETTINGS: dict[str, Any] = {
     "result_expires": 3600,
     # Otherwise results are lost when RabbitMQ restarts.
     "result_persistent": True,
+    # Otherwise a result is lost, and its task acknowledged, after a database was away for three attempts.
+    "result_backend_always_retry": True,
+    "result_backend_max_retries": 1_000_000,
     # All threads of a program share one reply queue. Otherwise a thread that ends loses the results for it.
     "result_backend_thread_safe": True,
 }
