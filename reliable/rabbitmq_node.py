@@ -69,7 +69,7 @@ class Node(Program):
     """A RabbitMQ node on free ports of the loopback interface, with its data in a folder of its own."""
 
     def __init__(self, folder: Path, plugins: str = "[].", **variables: str) -> None:
-        self.port, self.ui_port, metrics, distribution, epmd = (free_port() for _ in range(5))
+        self.port, self.ui_port, self.metrics_port, distribution, epmd = (free_port() for _ in range(5))
         self.name = f"test-{self.port}@localhost"
         self.url = f"amqp://guest:guest@127.0.0.1:{self.port}//"
         (folder / "plugins").write_text(plugins)
@@ -77,7 +77,7 @@ class Node(Program):
         self.configuration.write_text(
             f"listeners.tcp.1 = 127.0.0.1:{self.port}\n"
             f"management.tcp.port = {self.ui_port}\n"
-            f"prometheus.tcp.port = {metrics}\n"
+            f"prometheus.tcp.port = {self.metrics_port}\n"
             "max_message_size = 16777216\n"  # Bytes: the default of RabbitMQ 4
         )
         self.environment = clean_environment(
