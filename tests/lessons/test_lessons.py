@@ -76,8 +76,12 @@ def test_all_lessons_run_with_the_workers_that_are_there(rabbitmq: str, worker: 
     assert len(lessons["nodes"]["result"]) == 2
 
 
-def test_no_lesson_uses_what_rabbitmq_deprecates(node: Node, tmp_path: Path) -> None:
-    assert drive(*run_tasks.LESSONS, CELERY_BROKER_URL=node.url).returncode == 0
+def test_the_output_fits_80_columns_and_no_lesson_uses_what_rabbitmq_deprecates(
+    node: Node, tmp_path: Path
+) -> None:
+    finished = drive(*run_tasks.LESSONS, CELERY_BROKER_URL=node.url)
+    assert finished.returncode == 0
+    assert [line for line in finished.stdout.splitlines() if len(line) > 80] == []
     logged = "".join(path.read_text() for path in (tmp_path / "log").iterdir())
     assert "Server startup complete" in logged
     assert "deprecated" not in logged.lower()
@@ -251,11 +255,6 @@ def test_an_error_of_a_task_is_not_mistaken_for_one_of_rabbitmq() -> None:
     assert failed.returncode == 1
     assert "failed: expected a result, got ConnectionError('the bank is away')" in failed.stdout
     assert "1 failed, 1 passed" in failed.stdout
-
-
-def test_the_output_fits_a_terminal_of_80_columns(rabbitmq: str, worker: Worker) -> None:
-    printed = drive(*run_tasks.LESSONS, CELERY_BROKER_URL=rabbitmq).stdout
-    assert [line for line in printed.splitlines() if len(line) > 80] == []
 
 
 # --- Apps of other people -----------------------------------------------------------------------
