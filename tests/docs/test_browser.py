@@ -160,8 +160,9 @@ def test_a_terminal_shows_the_run(flower: Flower, nodes: list[Node], picture: Ca
     assert picture("run.svg").read_text().count("passed") == 4  # Three lessons, and the summary
 
 
-def test_the_diagrams_of_the_readme_can_be_drawn(page: Page) -> None:
-    diagrams = re.findall(r"```mermaid\n(.*?)```", (PROJECT / "README.md").read_text(), re.DOTALL)
+def test_the_diagrams_can_be_drawn(page: Page) -> None:
+    text = "".join(path.read_text() for path in [PROJECT / "README.md", *(PROJECT / "docs").glob("*.md")])
+    diagrams = re.findall(r"```mermaid\n(.*?)```", text, re.DOTALL)
     assert len(diagrams) >= 5
     page.goto("about:blank")
     page.add_script_tag(path=str(importlib.resources.files("mermaidx") / "assets" / "mermaid.js"))

@@ -6,6 +6,7 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from functools import cache
@@ -30,13 +31,19 @@ VARIABLE = [
 ]
 NUMBER = (r"\d[\d,]*(\.\d+)*", "NUMBER")  # … and all numbers, of lessons and logs
 # Programs that go on until Ctrl-C, each in a shell of its own
-GO_ON = ("celery -A tasks worker", "celery -A tasks beat", "celery -A tasks flower", "celery -A work worker")
+GO_ON = (
+    "celery -A tasks worker",
+    "celery -A tasks beat",
+    "celery -A tasks flower",
+    "celery -A first worker",
+    "celery -A work worker",
+)
 END = "=== end of a command:"
 
 
 def pattern(line: str, command: str) -> str:
     """Return a line that a command prints without what is variable."""
-    has_figures = ("run_tasks.py" in command and "--" not in command) or command.startswith(GO_ON)
+    has_figures = ("run_tasks.py" in command and "--path" not in command) or command.startswith(GO_ON)
     for variable, name in [*VARIABLE, NUMBER] if has_figures else VARIABLE:
         line = re.sub(variable, name, line)
     return line.strip()
@@ -55,7 +62,11 @@ class Shell:
             f'#!/bin/sh\nprogram=$(dirname {rabbitmq_program("rabbitmqctl")})/$1; shift; exec $program "$@"\n'
         )
         sudo.chmod(0o755)
-        self.environment = {**node.environment, "RABBITMQ_PORT": str(node.port)}
+        self.environment = {
+            **node.environment,
+            "RABBITMQ_PORT": str(node.port),
+            "CELERY_BROKER_URL": node.url,
+        }
         self.environment["PATH"] = f"{sudo.parent}:{os.environ['PATH']}"
         self.first = subprocess.Popen(
             ["/bin/bash"],
@@ -82,7 +93,8 @@ class Shell:
 
     def leave_running(self, program: str, command: str, shown: list[str]) -> None:
         """Start what goes on, instead of what runs; wait until it prints what is shown."""
-        self.stop(*self.others if "-A tasks" not in command else [program])
+        workers = [other for other in self.others if "worker" in program and "worker" in other]
+        self.stop(*self.others if "-A tasks" not in command else {program, *workers})
         log = self.folder.parent / f"{time.monotonic_ns()}.log"
         with log.open("w") as output:
             self.others[program] = subprocess.Popen(
@@ -141,8 +153,22 @@ def run_python(example: Example) -> None:
     assert status == 0, lines
 
 
+def run_prompt(example: Example) -> None:
+    """Type the lines of a Python prompt: each prints what is shown below it."""
+    shell: Shell = example.namespace["shell"]
+    lines = str(example.parsed).splitlines()
+    typed = "\n".join(line.removeprefix(">>> ") for line in lines if line.startswith(">>> "))
+    printed, _ = shell.type(f"python -i -q 2>/dev/null <<'END'\n{typed}\nEND")
+    assert printed == [line for line in lines if not line.startswith(">>> ")]
+
+
 PAGES = [PROJECT / "README.md", *sorted((PROJECT / "docs").glob("*.md"))]
-PARSERS = (CodeBlockParser("console", run_block), CodeBlockParser("python", run_python), SkipParser())
+PARSERS = (
+    CodeBlockParser("console", run_block),
+    CodeBlockParser("python", run_python),
+    CodeBlockParser("pycon", run_prompt),
+    SkipParser(),
+)
 EXAMPLES = [(page.name, example) for page in PAGES for example in Document.parse(str(page), *PARSERS)]
 
 
@@ -152,6 +178,8 @@ def open_shell(folder: Path) -> Iterator[Shell]:
     (folder / "node").mkdir()
     with Node(folder / "node") as node:
         shell = Shell(folder / "a clean copy", node)
+        if not folder.name.startswith("README"):  # Whose commands make it
+            (shell.folder / ".venv").symlink_to(sys.prefix)
         yield shell
         shell.stop(*shell.others)
         shell.first.kill()
@@ -172,3 +200,38 @@ def shells(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str],
 def test_each_block_does_what_it_shows(page: str, example: Example, shells: Callable[[str], Shell]) -> None:
     example.namespace["shell"] = shells(page)
     example.evaluate()
+
+
+# --- What the pages quote, and where they lead ------------------------------------------------------
+TEXTS = {page: page.read_text() for page in [*PAGES, PROJECT / "CONTRIBUTING.md"]}
+QUOTES = [
+    (page.name, file, code)
+    for page, text in TEXTS.items()
+    for file, code in re.findall(r"<!-- from: (\S+) -->\n```py\n(.*?)```", text, re.DOTALL)
+]
+
+
+@pytest.mark.parametrize(("page", "file", "code"), QUOTES)
+def test_code_is_quoted_as_it_is(page: str, file: str, code: str) -> None:
+    assert code in (PROJECT / file).read_text()
+
+
+def anchors(text: str) -> set[str]:
+    """Return the anchors that GitHub gives the headings of a page."""
+    headings = re.findall(r"^#+ (.*)$", re.sub(r"```.*?```", "", text, flags=re.DOTALL), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", TEXTS, ids=lambda page: page.name)
+def test_each_link_leads_somewhere(page: Path) -> None:
+    for link in re.findall(r"\]\((?!http)([^)]*)\)", TEXTS[page]):
+        file, _, anchor = link.partition("#")
+        target = (page.parent / file) if file else page
+        assert target.exists(), link
+        if anchor:
+            assert anchor in anchors(TEXTS[target.resolve()]), link
+
+
+def test_each_page_is_listed_in_the_readme() -> None:
+    for page in TEXTS:
+        assert page.name == "README.md" or f"{page.relative_to(PROJECT)})" in TEXTS[PROJECT / "README.md"]

@@ -150,11 +150,10 @@ def test_files_of_tls_are_looked_at_first(tls: TLSNode, tmp_path: Path) -> None:
 # --- A user of few rights -----------------------------------------------------------------------
 @pytest.fixture(scope="module")
 def few_rights(session_node: Node) -> str:
-    """Make the user of the README, with its very commands; give the URL for that user."""
-    readme = (PROJECT / "README.md").read_text()
-    (names,) = re.findall(r"^\$ names='(.*)'$", readme, re.MULTILINE)
-    chapter = readme.split("\n## Safe by default")[1].split("\n## ")[0]
-    commands = re.findall(r"^\$ sudo rabbitmqctl (.*)$", chapter, re.MULTILINE)
+    """Make the user of docs/security.md, with its very commands; give the URL for that user."""
+    page = (PROJECT / "docs" / "security.md").read_text()
+    (names,) = re.findall(r"^\$ names='(.*)'$", page, re.MULTILINE)
+    commands = re.findall(r"^\$ sudo rabbitmqctl (.*)$", page, re.MULTILINE)
     for command in commands:
         session_node.control(*(names if word == "$names" else word for word in shlex.split(command)))
     session_node.control("set_permissions", "-p", "shop", "guest", ".*", ".*", ".*")
@@ -460,9 +459,9 @@ def test_a_secret_argument_is_in_no_log_and_no_monitor(victim: Victim, tmp_path:
 
 
 # --- Containers ---------------------------------------------------------------------------------
-def test_the_user_of_compose_may_do_what_the_one_of_the_readme_may() -> None:
-    readme, compose = ((PROJECT / name).read_text() for name in ("README.md", "docker-compose.yml"))
-    (names,) = re.findall(r"^\$ names='(.*)'$", readme, re.MULTILINE)
+def test_the_user_of_compose_may_do_what_the_one_of_the_docs_may() -> None:
+    page, compose = ((PROJECT / name).read_text() for name in ("docs/security.md", "docker-compose.yml"))
+    (names,) = re.findall(r"^\$ names='(.*)'$", page, re.MULTILINE)
     permissions = re.findall(r"default_permissions\.\w+ = (.*)", compose)
     assert [permission.replace("$$", "$") for permission in permissions] == 3 * [names]
 
@@ -474,7 +473,7 @@ def test_containers_are_published_on_this_machine_and_can_do_little() -> None:
         pytest.skip("docker compose is not on PATH")
     services = json.loads(run(command, check=True).stdout)["services"]
     brokers, programs = {"rabbitmq", "rabbit1", "rabbit2", "rabbit3"}, {"worker", "beat", "flower"}
-    assert set(services) == brokers | programs
+    assert set(services) == brokers | programs | {"prometheus"}
     for service in services.values():
         assert all(port["host_ip"] == "127.0.0.1" for port in service.get("ports", ()))
         assert int(service["mem_limit"]) <= 2**30

@@ -36,6 +36,8 @@ NEEDED: list[tuple[str, Any, tuple[str, ...]]] = [
     ("app", pools, ("connections", "producers")),
     ("bulk", AMQPConnection, ("blocking_read",)),
     ("bulk", amqp.Channel, ("confirm_select", "basic_publish")),
+    ("chords", RPCBackend, ("apply_chord", "on_chord_part_return", "ensure_chords_allowed", "encode_result")),
+    ("chords", RPCBackend, ("mark_as_failure", "exception_to_python")),
     ("delivery", Request, ("_already_cancelled", "request_dict", "time_limits", "on_timeout", "reject")),
     ("delivery", Context, ("_get_custom_headers",)),
     ("refusing", Consumer, ("on_decode_error", "on_invalid_task", "on_unknown_message", "on_unknown_task")),
