@@ -3,7 +3,8 @@
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ if "PYTEST_XDIST_WORKER" not in os.environ:  # Its parent has done it
     os.environ["TMPDIR"] = _scratch.name
 
 from playwright.sync_api import Page, sync_playwright
-from programs import PATHS
+from programs import PATHS, PROJECT
 from xdist.scheduler import LoadScopeScheduling
 
 from reliable.testing import Worker
@@ -78,6 +79,13 @@ def shop(rabbitmq: str) -> Iterator[Any]:
         if tasks.app.backend.result_consumer.is_consuming:
             tasks.app.backend.result_consumer.stop()
         tasks.app.close()
+
+
+@pytest.fixture
+def picture(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[str], Path]:
+    """Give the path of a picture: in docs/ if pictures are asked for."""
+    folder = PROJECT / "docs" if request.config.getoption("--pictures") else tmp_path
+    return lambda name: folder / name
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,6 @@
 """What a browser shows of a run: Flower's tasks, and the management UI of a cluster.
 
-$ tests/run tests/docs/test_browser.py --pictures     and take the README's pictures
+$ tests/run tests/docs/test_browser.py tests/lessons/test_web.py --pictures     and take the pictures
 """
 
 import importlib.resources
@@ -69,13 +69,6 @@ def flower(nodes: list[Node], tmp_path_factory: pytest.TempPathFactory) -> Itera
         assert drive(*LESSONS, CELERY_BROKER_URL=url).returncode == 0
         celery(url, "call", "tasks.ship", "--args", '["sofa", 99999999999]')
         yield flower
-
-
-@pytest.fixture
-def picture(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[str], Path]:
-    """Give the path of a picture: in docs/ if pictures are asked for."""
-    folder = PROJECT / "docs" if request.config.getoption("--pictures") else tmp_path
-    return lambda name: folder / name
 
 
 def test_flower_shows_the_workers_and_their_tasks(

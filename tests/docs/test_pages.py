@@ -116,11 +116,14 @@ class Shell:
 
 
 def is_as_shown(command: str, printed: list[str], shown: list[str]) -> bool:
-    """Tell whether a command printed what is shown in the end: of a line with an ellipsis, its beginning."""
-    lines, wanted = ([pattern(line, command) for line in part] for part in (printed[-len(shown) :], shown))
-    return len(lines) == len(wanted) and all(
-        line.startswith(part.removesuffix("…")) if part.endswith("…") else line == part
-        for line, part in zip(lines, wanted, strict=True)
+    """Tell whether a command printed the shown lines in a row: of a line with an ellipsis, its beginning."""
+    lines, wanted = ([pattern(line, command) for line in part] for part in (printed, shown))
+    return any(
+        all(
+            line.startswith(part.removesuffix("…")) if part.endswith("…") else line == part
+            for line, part in zip(lines[start:], wanted, strict=False)
+        )
+        for start in range(len(lines) - len(wanted) + 1)
     )
 
 

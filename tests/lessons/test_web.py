@@ -3,6 +3,7 @@
 import json
 import time
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 from urllib.error import HTTPError
 
@@ -33,16 +34,21 @@ class Shop(WebServer):
         return set(json.loads(self.get(f"orders/{order}"))["states"].values())
 
 
-def test_a_visitor_waits_for_slow_work_unless_celery_does_it(page: Page, tmp_path: Path) -> None:
+def test_a_visitor_waits_for_slow_work_unless_celery_does_it(
+    page: Page, tmp_path: Path, picture: Callable[[str], Path]
+) -> None:
+    page.set_viewport_size({"width": 620, "height": 560})
     with Shop(tmp_path, CELERY_BROKER_URL="memory://") as server:
         page.goto(f"http://127.0.0.1:{server.port}/")
         page.get_by_text("one after another").click()
         expect(page.locator("#answer")).to_contain_text("eight e-mails sent", timeout=20_000)
+        page.screenshot(path=picture("page-slow.png"))
         page.reload()
         page.get_by_text("with Celery").click()
         # The page answers while the tasks run, and then shows how each one ends
         expect(page.locator("#answer")).to_contain_text("Thank you. The page answered after")
         expect(page.locator("#states")).to_contain_text("parcel: PROGRESS")
+        page.screenshot(path=picture("page-celery.png"))
         expect(page.locator("#states li")).to_contain_text([": SUCCESS"] * 10, timeout=20_000)
         expect(page.locator("#parcel")).to_have_js_property("value", 10)
 
