@@ -12,8 +12,11 @@ from queue import Empty, SimpleQueue
 from typing import Any
 
 from celery.result import AsyncResult
+from celery.utils.log import get_logger
 
 from reliable.result_consumer import TURN, ResultConsumer
+
+logger = get_logger(__name__)
 
 #: How often to look for a result in a database, in seconds.
 INTERVAL = 0.5
@@ -34,8 +37,12 @@ class Receiver:
                 while True:
                     result, on_ready = self.new.get_nowait()
                     result.then(on_ready, weak=True)
-            with contextlib.suppress(TimeoutError):
+            try:
                 self.consumer.drain_events(TURN)
+            except TimeoutError:
+                pass
+            except Exception:  # In a callback of another thread; the coroutines would wait forever
+                logger.exception("A result came, and what follows failed")
 
 
 async def aget(result: AsyncResult, timeout: float | None = None) -> Any:

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import pytest
@@ -129,7 +129,7 @@ def is_as_shown(command: str, printed: list[str], shown: list[str]) -> bool:
 
 def run_block(example: Example) -> None:
     """Type the commands of a block: each prints what is shown below it, or, with nothing there, succeeds."""
-    shell: Shell = example.namespace["shell"]
+    shell: Shell = example.namespace["shell"]()
     for typed in re.split(r"^\$ ", str(example.parsed), flags=re.MULTILINE)[1:]:
         command, *shown = typed.rstrip("\n").split("\n")
         while shown and shown[0].startswith(">"):  # a command of several lines
@@ -148,8 +148,11 @@ def run_block(example: Example) -> None:
 
 
 def run_python(example: Example) -> None:
-    """Run a block of Python."""
-    shell: Shell = example.namespace["shell"]
+    """Run a block of Python, or save it under the name that the page gives it."""
+    shell: Shell = example.namespace["shell"]()
+    if name := re.search(r"<!-- file: (\S+) -->\s*$", example.document.text[: example.start]):
+        (shell.folder / name[1]).write_text(str(example.parsed))
+        return
     script = shell.folder.parent / "block.py"
     script.write_text(str(example.parsed))
     lines, status = shell.type(f"PYTHONPATH=. python {script}")
@@ -158,7 +161,7 @@ def run_python(example: Example) -> None:
 
 def run_prompt(example: Example) -> None:
     """Type the lines of a Python prompt: each prints what is shown below it."""
-    shell: Shell = example.namespace["shell"]
+    shell: Shell = example.namespace["shell"]()
     lines = str(example.parsed).splitlines()
     typed = "\n".join(line.removeprefix(">>> ") for line in lines if line.startswith(">>> "))
     printed, _ = shell.type(f"python -i -q 2>/dev/null <<'END'\n{typed}\nEND")
@@ -201,7 +204,7 @@ def shells(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str],
     ("page", "example"), EXAMPLES, ids=[f"{page} line {example.line}" for page, example in EXAMPLES]
 )
 def test_each_block_does_what_it_shows(page: str, example: Example, shells: Callable[[str], Shell]) -> None:
-    example.namespace["shell"] = shells(page)
+    example.namespace["shell"] = partial(shells, page)  # Not opened for what is skipped
     example.evaluate()
 
 

@@ -232,3 +232,26 @@ def test_five_hundred_coroutines_get_their_results(node: Node, tmp_path: Path) -
         # Then each of them gets its result, the event loop was never blocked, and waiting can end early
         printed = caller.communicate(timeout=90)[0].replace("called\n", "").splitlines()
         assert printed == ["True True", "CancelledError", "TimeoutError", "sent to Ada"]
+
+
+def test_coroutines_get_their_results_though_a_callback_of_a_thread_fails(rabbitmq: str) -> None:
+    # Given a coroutine that waits, and a thread whose `on_message` fails
+    code = """
+import asyncio
+from reliable.aio import aget
+from tasks import add, send_email
+
+def fail(message): raise ValueError
+def wait_in_a_thread(): add.delay(1, 1).get(timeout=2, on_message=fail)
+
+async def main():
+    waiting = asyncio.create_task(aget(send_email.delay("Ada", 1), timeout=20))
+    await asyncio.sleep(0.2)
+    try: await asyncio.to_thread(wait_in_a_thread)
+    except Exception: pass
+    print(await waiting, await aget(add.delay(1, 2), timeout=20))
+
+asyncio.run(main())
+"""
+    # Then it gets its result, and so do others
+    assert python("-c", code, CELERY_BROKER_URL=rabbitmq).stdout == "sent to Ada 3\n"

@@ -17,7 +17,7 @@ from reliable.rabbitmq_node import Node, clean_environment
 from reliable.testing import Worker, depth, take, until
 
 TASKS = 1000
-ROUNDS = 10
+ROUNDS = 5
 pytestmark = pytest.mark.timeout(400)  # Seconds
 
 
