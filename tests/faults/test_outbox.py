@@ -2,6 +2,7 @@
 
 import re
 import sqlite3
+import uuid
 from pathlib import Path
 
 import pytest
@@ -26,7 +27,7 @@ def test_an_order_is_paid_once_though_the_program_dies(
     (tmp_path / "outbox.py").write_text(code)
     variables = {"CELERY_BROKER_URL": fresh, "PYTHONPATH": f"{tmp_path}:{PATHS['PYTHONPATH']}"}
     open_shop = f"import os, outbox; db = outbox.open_shop('{tmp_path}/shop')"
-    number = tmp_path.name
+    number = str(uuid.uuid4())
     die = "die = lambda *_: os.kill(os.getpid(), 9)"
     died = python("-c", f"{open_shop}\n{die}\n{kill}\noutbox.take_order(db, '{number}')", **variables)
     assert died.returncode == -9, died.stderr
