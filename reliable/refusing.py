@@ -79,7 +79,7 @@ class RefusesMessages(Consumer):
         message.reject_log_error(logger, self.connection_errors)
 
     def report(self, message: Message, error: Exception) -> None:
-        """Report an error to the caller of a message, and run the tasks of its `link_error`.
+        """Report an error to the caller of a message and to its chord, and run the tasks of its `link_error`.
 
         Raises:
             kombu.exceptions.OperationalError: RabbitMQ does not accept the report.
@@ -90,7 +90,8 @@ class RefusesMessages(Consumer):
         request = Context(id=task_id, reply_to=reply_to, correlation_id=task_id, delivery_info={})
         with contextlib.suppress(Exception):  # Its body may be anything
             *_, options = message.payload
-            request.update(errbacks=options["errbacks"], chain=options["chain"])
+            request.update({name: options[name] for name in ("errbacks", "chain", "chord")})
+            request.update({name: message.headers[name] for name in ("group", "group_index")})
         self.app.backend.mark_as_failure(task_id, error, request=request)
 
     def on_decode_error(self, message: Message, exc: Exception) -> None:

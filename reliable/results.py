@@ -65,7 +65,6 @@ class RPCBackend(ChordBackend):
         """Return the state of a task, for `.state` and `.ready()`.
 
         By default Celery raises an error where more than 1,000 results wait, as those of a hundred chords do.
-
         Since the first `get()` the consumer receives all results, and Celery's own method finds none.
         """
         with self.result_consumer.lock:

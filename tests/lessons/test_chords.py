@@ -101,3 +101,13 @@ def test_a_revoked_task_fails_its_chord(shop: Any) -> None:
     # Then the caller is told
     result.get(timeout=20, propagate=False)
     assert isinstance(result.result, ChordError)
+
+
+def test_a_task_that_a_worker_refuses_fails_its_chord(shop: Any, rabbitmq: str) -> None:
+    # Given a task whose time limit is not a number
+    refused = shop.add.s(1, 0).set(time_limit="soon")
+    result = chord([refused, *numbers(shop, 2)], shop.total.s()).delay()
+    # Then the caller is told
+    result.get(timeout=20, propagate=False)
+    assert isinstance(result.result, ChordError)
+    take(rabbitmq, "dead-letters")
