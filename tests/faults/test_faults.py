@@ -395,6 +395,7 @@ def test_nothing_is_lost_with_rabbitmq_when(fault: Fault, arguments: str, node: 
     break_under_load(fault, Shop(node.url, tmp_path, *arguments.split()), [node], pace=0.02)
 
 
+@pytest.mark.xfail(strict=False, reason="one run in five lost a chord on 3.10.8: see docs/reliability.md")
 def test_no_chord_is_lost_when_rabbitmq_is_killed(node: Node, tmp_path: Path) -> None:
     break_under_load(rabbitmq_is_killed, ShopWithChords(node.url, tmp_path), [node], pace=0.2)
 
