@@ -151,7 +151,7 @@ class ChordBackend(RPCBackend):
         Celery's own method needs a task that runs, which the main process of a worker has not, and forgets
         the other chord.
         """
-        inner = getattr(body, "tasks", []) if isinstance(body, group) else [getattr(body, "body", None)]
+        inner = body.tasks if isinstance(body, group) else [getattr(body, "body", None)]  # That of a chord
         for task in filter(None, inner):
             self.fail(task, error)
         options = body.options
