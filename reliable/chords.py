@@ -8,6 +8,7 @@ So a body is called once, or again after a crash.
 https://docs.celeryq.dev/en/stable/userguide/canvas.html#chords
 """
 
+import contextlib
 import time
 from collections.abc import Iterable
 from typing import Any
@@ -20,7 +21,7 @@ from celery.canvas import Signature, group, maybe_signature
 from celery.exceptions import ChordError
 from celery.result import GroupResult
 from celery.utils.log import get_logger
-from kombu import Connection, Exchange, Queue
+from kombu import Connection, Queue
 from kombu.exceptions import OperationalError
 from kombu.utils.functional import maybe_list
 
@@ -30,6 +31,8 @@ logger = get_logger(__name__)
 
 #: How long a task waits before it tries again to add its part, in seconds.
 RETRY = 1
+#: How long a task waits before it looks again whether another one has completed the chord, in seconds.
+WAIT = 0.05
 
 
 def count_tasks(results: Iterable[Any]) -> int:
@@ -44,9 +47,13 @@ class ChordBackend(RPCBackend):
         """Allow chords, which Celery's rpc:// backend refuses."""
 
     def chord_queue(self, group_id: str) -> Queue:
-        """Describe the queue for the parts of a chord. It expires if its tasks never run."""
+        """Describe the queue for the parts of a chord. It expires if its tasks never run.
+
+        It is bound to an exchange for the reason that `topology.temporary` gives.
+        """
         arguments = topology.temporary(self.app)
-        return Queue(f"chord-{group_id}", Exchange(""), expires=self.expires, queue_arguments=arguments)
+        name = f"chord-{group_id}"
+        return Queue(name, topology.TASKS, name, expires=self.expires, queue_arguments=arguments)
 
     def apply_chord(self, header_result_args: Any, body: Any, **_: Any) -> None:
         """Declare the queue of a chord before its tasks are published, and tell them how many they are.
@@ -90,29 +97,30 @@ class ChordBackend(RPCBackend):
         with self.app.amqp.producer_pool.acquire(block=True) as producer:
             publish = {"retry": True, "retry_policy": self.retry_policy, "serializer": self.serializer}
             producer.publish(part, routing_key=queue.name, delivery_mode=2, **publish)
-            try:
-                while (found := self.count_parts(producer.connection, queue)) >= size:
-                    with self.app.connection_for_read() as connection:
-                        self.complete(connection, queue, found, size, body)
-            except NotFound:
-                pass  # The chord is complete, and this task has run twice
-            except AccessRefused:
-                pass  # Another task has the parts. It looks for more before it leaves them
+            with contextlib.suppress(NotFound):  # Another task has completed the chord
+                while True:
+                    found, takers = self.count_parts(producer.connection, queue)
+                    if takers:
+                        time.sleep(WAIT)  # It may die before it has called the body
+                    elif found < size or self.complete(queue, found, size, body):
+                        return
 
-    def count_parts(self, connection: Connection, queue: Queue) -> int:
-        """Return how many parts are in a queue. Raises amqp.NotFound if it is deleted."""
-        with connection.channel() as channel:
-            return int(queue(channel).queue_declare(passive=True).message_count)
-
-    def complete(self, connection: Connection, queue: Queue, found: int, size: int, body: Any) -> None:
-        """Take the parts of a chord as the only one. If none is missing, call the body and delete the queue.
-
-        If one is missing, a task has run twice: its second part is dropped, and the others are put back.
+    def count_parts(self, connection: Connection, queue: Queue) -> tuple[int, int]:
+        """Return how many parts are in the queue of a chord, and how many tasks take them.
 
         Raises:
-            amqp.AccessRefused: another task takes them.
+            amqp.NotFound: the queue is deleted.
         """
-        channel = connection.channel()
+        with connection.channel() as channel:
+            declared = queue(channel).queue_declare(passive=True)
+        return declared.message_count, declared.consumer_count
+
+    def complete(self, queue: Queue, found: int, size: int, body: Any) -> bool:
+        """Take the parts of a chord. If none is missing, call the body, delete the queue, and return True.
+
+        If one is missing, a task has run twice: its second part is dropped, and the others are put back.
+        They are put back as well if another task takes parts.
+        """
         parts: dict[str, dict[str, Any]] = {}
         taken = 0
 
@@ -126,13 +134,22 @@ class ChordBackend(RPCBackend):
             parts.setdefault(part["task_id"], part)
             taken += 1
 
-        channel.basic_consume(queue.name, no_ack=False, consumer_tag="parts", callback=take, exclusive=True)
-        while taken < found:
-            connection.drain_events(timeout=RETRY)
-        if len(parts) == size:
+        with self.app.connection_for_read() as connection:
+            channel = connection.channel()
+            try:
+                channel.basic_consume(
+                    queue.name, no_ack=False, consumer_tag="parts", callback=take, exclusive=True
+                )
+            except AccessRefused:
+                return False
+            while taken < found:
+                connection.drain_events(timeout=RETRY)
+            if len(parts) < size:
+                return False
             in_order = sorted(parts.values(), key=lambda part: part["index"] or 0)
             self.call_body(maybe_signature(body, app=self.app), in_order)
             queue(channel).delete()
+            return True
 
     def call_body(self, body: Signature, parts: list[dict[str, Any]]) -> None:
         """Call the body of a chord with the results, or fail it with the first error of a task."""

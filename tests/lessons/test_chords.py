@@ -1,5 +1,6 @@
 """Chords with rpc:// results: each form that Celery has, with a real worker."""
 
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -7,7 +8,10 @@ import pytest
 from amqp import NotFound
 from celery import chord, group
 from celery.exceptions import ChordError
+from kombu import Connection
 
+from reliable import Celery
+from reliable.rabbitmq_node import Node
 from reliable.testing import Worker, depth, take, until
 
 pytestmark = pytest.mark.usefixtures("worker")
@@ -111,3 +115,35 @@ def test_a_task_that_a_worker_refuses_fails_its_chord(shop: Any, rabbitmq: str) 
     result.get(timeout=20, propagate=False)
     assert isinstance(result.result, ChordError)
     take(rabbitmq, "dead-letters")
+
+
+def test_no_chord_is_lost_with_the_task_that_held_its_parts(shop: Any, rabbitmq: str) -> None:
+    # Given a chord of two tasks. Somebody holds the part of the first when the second adds its own
+    late = shop.add.s(2, 0).set(countdown=2)
+    result = chord([*numbers(shop, 1), late], shop.total.s()).delay()
+    queue = f"chord-{result.parent.id}"
+    until(lambda: depth(rabbitmq, queue) == 1)
+    with Connection(rabbitmq) as connection:
+        held: list[Any] = []
+        connection.default_channel.basic_consume(queue, callback=held.append, exclusive=True)
+        while len(held) < 2:
+            connection.drain_events(timeout=10)
+        time.sleep(1)  # This is the fault: meanwhile the second task looks for the parts
+        # When it dies
+    # Then the second task calls the body
+    assert result.get(timeout=20) == 3
+
+
+def test_a_temporary_queue_is_bound_so_that_rabbitmq_keeps_it(
+    fresh: str, session_node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Given the queue of a chord, and the reply queue of its caller
+    monkeypatch.setenv("CELERY_BROKER_URL", fresh)
+    with Celery(backend="rpc://") as app:
+        result = chord([app.signature("add")], app.signature("total")).delay()
+        queues = {f"chord-{result.parent.id}", app.backend.oid}
+        # Then each has a binding, which makes RabbitMQ write the queue itself to disk
+        host = fresh.rpartition("/")[2]
+        bindings = session_node.control("-q", "list_bindings", "-p", host, "source_name", "destination_name")
+        bound = {line.split("\t")[1] for line in bindings.splitlines() if line.startswith("tasks\t")}
+        assert queues <= bound
