@@ -17,7 +17,6 @@ from kombu import Producer, Queue
 from kombu.common import maybe_declare
 from kombu.exceptions import OperationalError
 
-from reliable import topology
 from reliable.chords import ChordBackend
 from reliable.result_consumer import ResultConsumer
 
@@ -48,11 +47,8 @@ class RPCBackend(ChordBackend):
         """Describe the reply queue: it outlives a connection, and expires after its program.
 
         The results in it expire as well. Otherwise it grows while a program never asks for them.
-        It is bound to an exchange for the reason that `topology.temporary` gives.
         """
-        limits = {"expires": self.expires, "message_ttl": self.expires}
-        arguments = topology.temporary(self.app)
-        return self.Queue(self.oid, topology.TASKS, self.oid, queue_arguments=arguments, **limits)
+        return self.temporary_queue(self.oid, message_ttl=self.expires)
 
     def add_pending_result(self, result: Any, *args: Any, **options: Any) -> Any:
         """Wait for a result, or find it among those that came before."""

@@ -71,10 +71,6 @@ def temporary(app: celery.Celery) -> dict[str, Any]:
 
     On one node it is classic: RabbitMQ never frees the name of a quorum queue. In a cluster it is a quorum
     queue, since a classic one is out of reach while its node is down.
-
-    Such a queue is also bound to an exchange, though nobody publishes to it there. RabbitMQ without Khepri
-    has a new queue on disk for certain only after the next change of this kind. When it was killed less than
-    two seconds after it had declared a queue, the queue and its messages were gone in 3 of 30 runs.
     """
     return dict(QUORUM) if is_cluster(app) else {}
 
