@@ -118,11 +118,14 @@ class Node(Program):
     def control(self, *arguments: str) -> str:
         """Run rabbitmqctl, and return what it prints. Raises AssertionError with its errors."""
         command = [rabbitmq_program("rabbitmqctl"), *arguments]
-        # On a busy machine it may take longer to connect than Erlang's seven seconds
+        # On a busy machine it may take longer to connect than Erlang's seven seconds, as may the node
         environment = self.environment | {"RABBITMQ_CTL_ERL_ARGS": "-kernel net_setuptime 60"}
-        finished = subprocess.run(
-            command, env=environment, check=False, capture_output=True, text=True, timeout=60
-        )
+        for _ in range(3):
+            finished = subprocess.run(
+                command, env=environment, check=False, capture_output=True, text=True, timeout=60
+            )
+            if "unable to perform an operation on node" not in finished.stderr:
+                break
         assert finished.returncode == 0, finished.stdout + finished.stderr
         return finished.stdout
 
