@@ -57,18 +57,12 @@ def lose_a_connection() -> None:
     raise ConnectionError("the bank is away")
 
 
-@app.task
-def wait(seconds: float) -> float:
-    """Take so many seconds."""
-    print("started", file=sys.stderr)
-    time.sleep(seconds)
-    return seconds
-
-
 @app.task(time_limit=2)
 def wait_with_a_limit(seconds: float) -> float:
     """Take so many seconds, within a limit."""
-    return float(wait(seconds))
+    print("started", file=sys.stderr)
+    time.sleep(seconds)
+    return seconds
 
 
 @app.task(base=celery.Task, time_limit=1)

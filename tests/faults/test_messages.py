@@ -4,7 +4,7 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -387,12 +387,7 @@ def test_a_time_limit_spares_a_task_the_brokers_time_out(tmp_path: Path) -> None
             # Then it ran once, and is a dead letter
             (letter,) = take(node.url, "dead-letters")
             assert letter.headers["task"] == "apps.odd.wait_with_a_limit"
-            runs: Callable[[], int] = lambda: odd.log.read_text().count("started\n")  # noqa: E731
-            assert runs() == 1
-            # And without a limit it is delivered again and again, and the worker lives on
-            odd.call("odd.wait.delay(60)")
-            until(lambda: runs() >= 3, 90)
-            assert odd.call("print(odd.size.delay('four').get(timeout=20))").stdout == "4\n"
+            assert odd.log.read_text().count("started\n") == 1
 
 
 @pytest.mark.parametrize("is_json", [False, True], ids=["not JSON", "over its time limit"])
