@@ -14,6 +14,7 @@ lowest and its highest. A worker has two processes. On another machine the figur
 is their ratio.
 """
 
+import contextlib
 import importlib
 import json
 import multiprocessing
@@ -44,7 +45,7 @@ HERE = Path(__file__).parent
 PROJECT = HERE.parent
 sys.path += [str(PROJECT), str(HERE / "contenders")]
 
-from reliable.rabbitmq_node import Node, clean_environment  # noqa: E402
+from reliable.rabbitmq_node import Node, Program, clean_environment  # noqa: E402
 from run_tasks import table  # noqa: E402
 
 
@@ -89,7 +90,27 @@ VARIANTS = {
         "project", CELERY, (*TINY, "--without-gossip", "--without-mingle", "--without-heartbeat")
     ),
 }
-STEPS = ("publishing", "consuming", "tiny_items", "nodes", "lessons", "depths", "memory", "guarantees")
+# Where results can go. Stock Celery has chords only with the last of these.
+BACKENDS = {
+    "this project, rpc://": Entry("project", CELERY, TINY),
+    "this project, SQLite": Entry(
+        "project", CELERY, TINY, '{"result_backend": "db+sqlite:///FOLDER/results"}'
+    ),
+    "Celery, stock, Redis": Entry(
+        "stock", (*CELERY, "redis"), settings='{"result_backend": "redis+socket://FOLDER/redis"}'
+    ),
+}
+STEPS = (
+    "publishing",
+    "consuming",
+    "tiny_items",
+    "nodes",
+    "lessons",
+    "results",
+    "depths",
+    "memory",
+    "guarantees",
+)
 FIGURES: dict[str, dict[str, list[float]]] = {}  # by figure, then by contender: one number a round
 
 
@@ -129,6 +150,17 @@ def timed(contender: str, function: str, *arguments: Any) -> tuple[float, float,
     return began, ended, value
 
 
+def hand_over(contender: str, accepted: Path) -> None:
+    """Publish a thousand tasks, one every five milliseconds. Note the number of each one that is accepted."""
+    module = importlib.import_module(contender)
+    with accepted.open("w", buffering=1) as file:
+        for number in range(1000):
+            with contextlib.suppress(Exception):
+                module.publish_slow(1, number)
+                print(number, file=file)
+            time.sleep(0.005)
+
+
 def growth(contender: str, function: str, number: int, times: int) -> float:
     """Call a function several times; return by how many KiB each time but the first raised the peak."""
     module, peaks = importlib.import_module(contender), []
@@ -153,7 +185,7 @@ class Contender:
         self.environment = {
             "CELERY_BROKER_URL": f"{node.url.rstrip('/')}/{self.host}",
             "BENCHMARK_FILE": str(self.file),
-            "BENCHMARK_SETTINGS": entry.settings,
+            "BENCHMARK_SETTINGS": entry.settings.replace("FOLDER", str(folder)),
             "PYTHONPATH": os.pathsep.join((str(PROJECT), str(HERE / "contenders"))),
         }
         with self.process() as process:
@@ -212,6 +244,10 @@ class Contender:
         """Return how much its workers have done: a byte a task."""
         return self.file.stat().st_size
 
+    def numbers(self, before: int) -> set[int]:
+        """Return the numbers of the tasks that its workers have run since then."""
+        return {int(line) for line in self.file.read_bytes()[before:].replace(b".", b"").split()}
+
     def time_of(self, number: int) -> float:
         """Wait until its workers have done so much, and return when that was (seconds)."""
         seen, moved = 0, time.monotonic()
@@ -259,6 +295,17 @@ class Contender:
         self.time_of(self.published)
 
 
+def redis(folder: Path) -> Program:
+    """Return a Redis server with its default settings, which listens on a socket in the folder."""
+    command = ["redis-server", "--port", "0", "--unixsocket", f"{folder}/redis", "--dir", str(folder)]
+
+    class Redis(Program):
+        def after_start_check(self) -> bool:
+            return (folder / "redis").exists()
+
+    return Redis(command, folder / "redis.log", timeout=30)  # Seconds
+
+
 def mebibytes(workers: list[psutil.Process]) -> float:
     """Return the memory of workers with all their processes, what they share counted once."""
     everything = [process for worker in workers for process in (worker, *worker.children(recursive=True))]
@@ -303,6 +350,18 @@ def tiny_items(contender: Contender) -> None:
         began, _, _ = contender.ask("publish_items", contender.items)
         contender.catch_up()
         contender.note("tiny items, items/s", contender.items / (time.perf_counter() - began))
+    contender.empty()
+
+
+def results(contender: Contender) -> None:
+    """Collect the results of tasks, and of chords."""
+    with contender.workers():
+        contender.note("results: collected, tasks/s", contender.rate_of("collect", 1000, "x"))
+        *_, seconds = contender.ask("call", 20)
+        contender.note("results: round trip, ms", 1000 * statistics.median(seconds[10:]))
+        for size in 10, 100:
+            *_, seconds = contender.ask("chord", size)
+            contender.note(f"results: chord of {size}, ms a task", 1000 * seconds / size)
     contender.empty()
 
 
@@ -399,15 +458,34 @@ def guarantees(contender: Contender) -> dict[str, Any]:
         contender.time_of(before + 400)  # a quarter of them have run
     with contender.workers():
         contender.wait_for_silence()
-    ran = {int(line) for line in contender.file.read_bytes()[before:].replace(b".", b"").split()}
     return {
         "contender": contender.title,
         "versions": ", ".join(f"{package} {version(package)}" for package in contender.packages),
         "confirmed publish": "yes" if confirmed else "no",
         "queue": ", ".join(types),
-        "lost with a killed worker": f"{300 - len(ran)} of 300",
+        "lost with a killed worker": f"{300 - len(contender.numbers(before))} of 300",
+        "lost with a killed RabbitMQ": lost_with_rabbitmq(contender),
         "results": "yes" if contender.has_results else "no",
     }
+
+
+def lost_with_rabbitmq(contender: Contender) -> str:
+    """Kill RabbitMQ while tasks are published, start it again, and return how many of them never ran."""
+    node = contender.node
+    if not isinstance(node, Node):
+        return ""
+    before, file = contender.done(), contender.file.with_name("accepted")
+    with contender.process() as process:
+        publishing = process.apply_async(hand_over, (contender.module, file))
+        while not file.exists() or file.read_text().count("\n") < 300:
+            time.sleep(0.01)
+        node.kill()
+        node.start()
+        publishing.get()
+    with contender.workers():
+        contender.wait_for_silence()
+    accepted = {int(line) for line in file.read_text().split()}
+    return f"{len(accepted - contender.numbers(before))} of {len(accepted)}"
 
 
 # --- What is printed ----------------------------------------------------------------------------
@@ -452,7 +530,9 @@ def chart(path: Path) -> None:
     figure.savefig(path)
 
 
-def steps(contenders: list[Contender], variants: list[Contender], rounds: int) -> list[partial[None]]:
+def steps(
+    contenders: list[Contender], variants: list[Contender], backends: list[Contender], rounds: int
+) -> list[partial[None]]:
     """Return all that is measured, in its order: in each round the contenders take turns."""
     celery = [contender for contender in contenders if contender.title in ("this project", "Celery, stock")]
     one_round: list[partial[None]] = []
@@ -463,6 +543,7 @@ def steps(contenders: list[Contender], variants: list[Contender], rounds: int) -
     for variant in variants:
         one_round += [partial(publishing, variant, 100, "variant: ")]
         one_round += [partial(consuming, variant, 100, "variant: ")]
+    one_round += [partial(results, backend) for backend in backends]
     one_round += [partial(nodes, contender) for contender in celery]
     one_round += [partial(lessons, contender) for contender in celery if contender.title == "this project"]
     once = [partial(depths, contender, rounds) for contender in contenders]
@@ -491,21 +572,24 @@ def main(  # noqa: PLR0913, PLR0917  (one argument for each option)
     names: tuple[str, ...],
 ) -> None:
     """Measure this project and its peers side by side, in about seven minutes a round, and fifteen more."""
-    if unknown := set(only) - {*CONTENDERS, *VARIANTS}:
-        raise click.BadParameter(f"{unknown} not among {[*CONTENDERS, *VARIANTS]}", param_hint="--only")
+    if unknown := set(only) - {*CONTENDERS, *VARIANTS, *BACKENDS}:
+        known = [*CONTENDERS, *VARIANTS, *BACKENDS]
+        raise click.BadParameter(f"{unknown} not among {known}", param_hint="--only")
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         (home := folder / "rabbitmq").mkdir()
         node = GivenNode(url, rabbitmqctl) if url else stack.enter_context(Node(home))
-        contenders, variants = (
+        contenders, variants, backends = (
             [
                 Contender(title, entry, node, folder)
                 for title, entry in entries.items()
                 if not only or title in only
             ]
-            for entries in (CONTENDERS, VARIANTS)
+            for entries in (CONTENDERS, VARIANTS, BACKENDS)
         )
-        for contender in (*contenders, *variants):
+        if not names or "results" in names:
+            stack.enter_context(redis(folder))
+        for contender in (*contenders, *variants, *backends):
             stack.callback(node.control, "-q", "delete_vhost", contender.host)
         machine = f"RabbitMQ {node.control('-q', 'version').strip()}, Python {platform.python_version()}"
         machine += f", {os.cpu_count()} cores, {rounds} rounds"
@@ -513,7 +597,7 @@ def main(  # noqa: PLR0913, PLR0917  (one argument for each option)
         try:
             todo = [
                 step
-                for step in steps(contenders, variants, rounds)
+                for step in steps(contenders, variants, backends, rounds)
                 if not names or step.func.__name__ in names
             ]
             with click.progressbar(todo, label="Measuring", file=sys.stderr, show_pos=True) as waiting:

@@ -93,9 +93,9 @@ def publish_bulk(number: int, payload: str) -> None:
     send(({"items": [payload]} for _ in range(number)), 1000)
 
 
-def publish_slow(number: int) -> None:
+def publish_slow(number: int, first: int = 0) -> None:
     """Publish tasks of 20 ms, which know their number."""
-    send(({"number": one} for one in range(number)), 1000)
+    send(({"number": one} for one in range(first, first + number)), 1000)
 
 
 def publish_items(number: int) -> None:

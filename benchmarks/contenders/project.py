@@ -2,9 +2,11 @@
 
 import json
 import os
+import statistics
 import time
 from typing import Any
 
+import celery
 from celery.worker.consumer import Consumer
 from work import mark, mark_slowly
 
@@ -28,6 +30,7 @@ ITEMS = 200_000
 note = app.task(name="note", ignore_result=True)(mark)
 note_slowly = app.task(name="note_slowly", ignore_result=True)(mark_slowly)
 answer = app.task(name="answer")(mark)
+total = app.task(name="total")(sum)
 
 
 def publish(number: int, payload: str) -> None:
@@ -49,9 +52,9 @@ def publish_unconfirmed(number: int, payload: str) -> None:
             note.apply_async((payload,), producer=producer)
 
 
-def publish_slow(number: int) -> None:
+def publish_slow(number: int, first: int = 0) -> None:
     """Publish tasks of 20 ms, which know their number."""
-    app.publish_in_bulk(note_slowly.s(one) for one in range(number))
+    app.publish_in_bulk(note_slowly.s(one) for one in range(first, first + number))
 
 
 def publish_items(number: int) -> None:
@@ -82,3 +85,13 @@ def close() -> None:
     """Disconnect."""
     pool: Any = app.pool
     pool.force_close_all()
+
+
+def chord(size: int) -> float:
+    """Call a chord of so many tasks, ten times after the first; return the median of the seconds."""
+    seconds = []
+    for _ in range(11):
+        started = time.perf_counter()
+        assert celery.chord(answer.s("x") for _ in range(size))(total.s()).get(timeout=60) == size
+        seconds.append(time.perf_counter() - started)
+    return statistics.median(seconds[1:])

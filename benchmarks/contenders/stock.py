@@ -3,19 +3,24 @@
 https://docs.celeryq.dev/en/stable/getting-started/first-steps-with-celery.html
 """
 
+import json
+import os
+import statistics
 import time
 from typing import Any
 
-from celery import Celery
+import celery
 from work import URL, mark, mark_slowly
 
 WORKER = ("-m", "celery", "-A", "stock", "worker", "-c2", "-lerror")
 ITEMS = 200_000
-app = Celery("stock", backend="rpc://", broker=URL)
+app = celery.Celery("stock", backend="rpc://", broker=URL)
+app.conf.update(json.loads(os.environ["BENCHMARK_SETTINGS"]))
 # "Ignore results you don't want": https://docs.celeryq.dev/en/stable/userguide/tasks.html
 note = app.task(name="note", ignore_result=True)(mark)
 note_slowly = app.task(name="note_slowly", ignore_result=True)(mark_slowly)
 answer = app.task(name="answer")(mark)
+total = app.task(name="total")(sum)
 
 
 def publish(number: int, payload: str) -> None:
@@ -31,9 +36,9 @@ def publish_bulk(number: int, payload: str) -> None:
             note.apply_async((payload,), producer=producer)
 
 
-def publish_slow(number: int) -> None:
+def publish_slow(number: int, first: int = 0) -> None:
     """Publish tasks of 20 ms, which know their number."""
-    for one in range(number):
+    for one in range(first, first + number):
         note_slowly.delay(one)
 
 
@@ -58,6 +63,16 @@ def call(number: int) -> list[float]:
         answer.delay("x").get(timeout=10)
         seconds.append(time.perf_counter() - started)
     return seconds
+
+
+def chord(size: int) -> float:
+    """Call a chord of so many tasks, ten times after the first; return the median of the seconds."""
+    seconds = []
+    for _ in range(11):
+        started = time.perf_counter()
+        assert celery.chord(answer.s("x") for _ in range(size))(total.s()).get(timeout=60) == size
+        seconds.append(time.perf_counter() - started)
+    return statistics.median(seconds[1:])
 
 
 def close() -> None:

@@ -30,9 +30,9 @@ def publish(number: int, payload: str) -> None:
 publish_bulk = publish
 
 
-def publish_slow(number: int) -> None:
+def publish_slow(number: int, first: int = 0) -> None:
     """Publish tasks of 20 ms, which know their number."""
-    for one in range(number):
+    for one in range(first, first + number):
         note_slowly.send(one)
 
 
