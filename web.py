@@ -48,7 +48,7 @@ def work_after_payment(order: UUID) -> dict[str, Signature]:
 
 @app.post("/orders/<uuid:order>/celery")
 def check_out_with_celery(order: UUID) -> tuple[str, int]:
-    """Hand the work to Celery in one message, so that the order is taken as a whole or not at all."""
+    """Hand the work to Celery in one message, so that the whole order is accepted or none of it."""
     work = list(work_after_payment(order).values())
     try:
         tasks.charge_card.apply_async((str(order), 0), task_id=f"{order} payment", link=work)
@@ -63,5 +63,6 @@ def states(order: UUID) -> dict[str, Any]:
     names = ["payment", *work_after_payment(order)]
     results = {name: tasks.app.AsyncResult(f"{order} {name}") for name in names}
     states = {name: result.state for name, result in results.items()}
-    parcel = results["parcel"].info
-    return {"states": states, "packed": parcel["packed"] if isinstance(parcel, dict) else parcel}
+    parcel = results["parcel"].info  # The progress, the result, or an error
+    packed = parcel["packed"] if isinstance(parcel, dict) else parcel
+    return {"states": states, "packed": packed if isinstance(packed, int) else None}

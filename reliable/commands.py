@@ -19,7 +19,7 @@ HEADING = LINE.format(task="task", id="id", arguments="arguments", reason="reaso
 
 
 def select(letters: Iterable[DeadLetter], ids: tuple[str, ...], task: str | None) -> Iterator[DeadLetter]:
-    """Yield the letters whose id starts with one of these, and of this task; no ids are all.
+    """Yield the letters of this task whose id starts with one of these. Without ids, yield all.
 
     The program exits in the end if there is no letter for one of the ids.
     """
@@ -54,6 +54,8 @@ def dead_letter_queue(context: click.Context) -> Iterator[tuple[celery.Celery, A
             app.declare_topology_once()
             with connection.channel() as channel:
                 yield app, channel
+    except BrokenPipeError:  # Nobody reads what is printed
+        raise
     except (OperationalError, OSError) as error:
         exit_now(*describe_failed_connection(app.connection_for_write(), error))
     except AMQPError as error:
@@ -89,7 +91,7 @@ def show(context: click.Context, id_: str) -> None:
 @one_task
 @click.pass_context
 def replay(context: click.Context, ids: tuple[str, ...], task: str | None) -> None:
-    """Run tasks again: those with these IDs, or all. Each one goes back to the queue that it came from."""
+    """Run all tasks again, or those whose ID starts like this. Each goes back to the queue it came from."""
     published, stuck = 0, []
     try:
         with dead_letter_queue(context) as (app, channel):
@@ -101,9 +103,9 @@ def replay(context: click.Context, ids: tuple[str, ...], task: str | None) -> No
                     stuck.append(f"{letter.id or letter.task}: {reason}")
     finally:
         click.echo(f"{published} published again")
-    if stuck:
-        first = "; ".join(stuck[:3]) + (" …" if len(stuck) > 3 else "")
-        exit_now(f"{len(stuck)} cannot go back: {first}", "add the queue to task_queues, or empty it")
+        if stuck:
+            first = "; ".join(stuck[:3]) + (" …" if len(stuck) > 3 else "")
+            exit_now(f"{len(stuck)} cannot go back: {first}", "add the queue to task_queues, or empty it")
 
 
 @dead_letters.command()
@@ -112,13 +114,15 @@ def replay(context: click.Context, ids: tuple[str, ...], task: str | None) -> No
 @click.option("--yes", is_flag=True, help="Do not ask.")
 @click.pass_context
 def discard(context: click.Context, ids: tuple[str, ...], task: str | None, yes: bool) -> None:
-    """Delete dead letters for good: those with these IDs, or all. It asks first."""
-    what = f"these {len(ids)} dead letters" if ids else "all dead letters"
+    """Delete all dead letters for good, or those whose ID starts like this. It asks first."""
+    what = f"the dead letters whose ID starts with {' or '.join(ids)}" if ids else "all dead letters"
     if not yes:
         click.confirm(f"Delete {what}{f' of {task}' if task else ''} for good?", abort=True)
     discarded = 0
-    with dead_letter_queue(context) as (app, channel):
-        for letter in select(read(app, channel, "Deleting"), ids, task):
-            letter.delete()
-            discarded += 1
-    click.echo(f"{discarded} deleted")
+    try:
+        with dead_letter_queue(context) as (app, channel):
+            for letter in select(read(app, channel, "Deleting"), ids, task):
+                letter.delete()
+                discarded += 1
+    finally:
+        click.echo(f"{discarded} deleted")

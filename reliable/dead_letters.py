@@ -17,12 +17,12 @@ from reliable.delivery import unpack
 from reliable.publishing import SECRET, is_secret
 from reliable.topology import DEAD_LETTERS
 
-#: The headers that RabbitMQ adds. A letter that goes back to work leaves them behind.
+#: The headers that RabbitMQ adds. A replayed task is published without them.
 ADDED_BY_RABBITMQ = ("x-death", "x-first-death-", "x-last-death-", "x-delivery-count", "x-acquired-count")
 
 
 class Stuck(Exception):
-    """A dead letter that cannot go back; the text says why."""
+    """A dead letter that cannot be replayed; the text gives the reason."""
 
 
 class DeadLetter:
@@ -34,9 +34,9 @@ class DeadLetter:
         deaths: Any = self.headers.get("x-death")  # RabbitMQ notes the last one first
         is_noted = isinstance(deaths, list) and deaths and isinstance(deaths[0], dict)
         self.death: dict[str, Any] = deaths[0] if is_noted else {}
-        self.id = shorten(self.headers.get("id", ""), 36)
+        self.id = str(self.headers.get("id", ""))
         self.task = shorten(self.headers.get("task", "not a task"), 40)
-        self.queue = shorten(self.death.get("queue", ""), 40)
+        self.queue = str(self.death.get("queue", ""))
         self.reason = shorten(self.death.get("reason", "published here"), 16)
 
     @property
@@ -59,10 +59,10 @@ class DeadLetter:
             age = datetime.now(timezone.utc) - died.replace(tzinfo=timezone.utc)
         return {
             "task": self.task,
-            "id": self.id,
+            "id": shorten(self.id, 64),
             "arguments": shorten(arguments or self.message.body, 40),
             "reason": self.reason,
-            "queue": self.queue,
+            "queue": shorten(self.queue, 40),
             "count": self.count,
             "age": str(timedelta(seconds=int(age.total_seconds()))),
         }
@@ -94,7 +94,7 @@ class DeadLetter:
         if not self.queue:
             raise Stuck("it did not come from a queue")
         if self.queue not in self.app.amqp.queues:
-            raise Stuck(f"this app has no queue {self.queue}")
+            raise Stuck(f"this app has no queue {shorten(self.queue, 40)}")
         kept = {name: value for name, value in self.headers.items() if not name.startswith(ADDED_BY_RABBITMQ)}
         # It may run however late it is
         kept |= {"expires": None, "replays": self.count}

@@ -141,12 +141,30 @@ def test_a_whole_letter_is_shown(fresh: str) -> None:
     assert "No dead letter no-such-id" in what_is_wrong(dead_letters(fresh, "show", "no-such-id"))
 
 
+def test_a_letter_is_found_by_an_id_of_any_length(fresh: str) -> None:
+    task_id = f"{'order ' * 10}parcel"
+    code = f"import tasks; tasks.check_price.apply_async((1,), task_id={task_id!r}, expires=0.001)"
+    python("-c", code, CELERY_BROKER_URL=fresh).check_returncode()
+    until(lambda: depth(fresh, "dead-letters") == 1)
+    assert json.loads(dead_letters(fresh, "show", task_id).stdout)["headers"]["id"] == task_id
+
+
+def test_a_reader_that_goes_away_is_not_an_error_of_rabbitmq(fresh: str) -> None:
+    expire(fresh, 1)
+    listing = ["-m", "celery", "-A", "tasks", "dead-letters", "list"]
+    with start_python(*listing, CELERY_BROKER_URL=fresh) as program:
+        assert program.stdout
+        assert program.stderr
+        program.stdout.close()
+        assert "RabbitMQ" not in program.stderr.read()
+
+
 def test_letters_are_discarded_after_a_question(fresh: str) -> None:
     expire(fresh, 3)
     first = listed(fresh)[0]["id"]
     assert dead_letters(fresh, "discard").returncode == 1  # Nobody says yes
     assert depth(fresh, "dead-letters") == 3
-    assert dead_letters(fresh, "discard", "--yes", first).stdout == "1 deleted\n"
+    assert dead_letters(fresh, "discard", "--yes", first, "no-such-id").stdout == "1 deleted\n"
     assert dead_letters(fresh, "discard", "--yes").stdout == "2 deleted\n"
     assert depth(fresh, "dead-letters") == 0
 

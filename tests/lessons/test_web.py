@@ -53,6 +53,21 @@ def test_a_visitor_waits_for_slow_work_unless_celery_does_it(
         expect(page.locator("#parcel")).to_have_js_property("value", 10)
 
 
+def test_a_parcel_that_is_retried_is_shown(tmp_path: Path) -> None:
+    # Given a task whose process was killed, so that its state has an error and no progress
+    code = (
+        "import tasks, uuid, web\n"
+        "order = uuid.uuid4()\n"
+        "tasks.app.backend.store_result(f'{order} parcel', ConnectionError('killed'), 'RETRY')\n"
+        "print(web.app.test_client().get(f'/orders/{order}').json['states']['parcel'])"
+    )
+    variables = {
+        "CELERY_RESULT_BACKEND": f"db+sqlite:///{tmp_path}/results",
+        "CELERY_BROKER_URL": "memory://",
+    }
+    assert python("-c", code, **variables).stdout == "RETRY\n"
+
+
 def test_a_double_click_charges_once(fresh: str, tmp_path: Path) -> None:
     order = uuid.uuid4()
     with Shop(tmp_path, CELERY_BROKER_URL=fresh) as server:
