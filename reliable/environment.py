@@ -37,9 +37,9 @@ def read_environment(env_file: Path) -> Environment:
         url = url_from_parts(has_tls)
         check_url("RABBITMQ_PORT", url)
     schemes = {urlsplit(part).scheme for part in url.split(";")}
-    if "amqps" in schemes or authority:
+    if "amqps" in schemes or has_tls:
         if schemes != {"amqps"}:
-            exit_now("CELERY_BROKER_URL is partly without TLS", "write amqps:// for each node")
+            exit_now("CELERY_BROKER_URL has a node without TLS", "write amqps:// for each node")
         # Otherwise any certificate of a public authority passes for RabbitMQ's. With several nodes in the
         # URL, each certificate must bear the name of the first. https://www.rabbitmq.com/docs/ssl
         use_ssl = {
@@ -57,7 +57,7 @@ def read_environment(env_file: Path) -> Environment:
 
 
 def names_rabbitmq() -> bool:
-    """Return whether a program was told where RabbitMQ is, so that it must not run without it."""
+    """Return whether the environment names a RabbitMQ. A program must then not run without it."""
     return any(os.environ.get(name) for name in ("CELERY_BROKER_URL", "RABBITMQ_HOST"))
 
 

@@ -18,7 +18,7 @@ FIX_ARGUMENTS = (
 MEANINGS: list[tuple[type[Exception], str, str]] = [
     (ImproperlyConfigured, "A setting is wrong", "correct .env as .env.example shows"),
     (ImportError, "A setting is wrong", "correct .env as .env.example shows"),
-    (PreconditionFailed, "RabbitMQ has it with other arguments", FIX_ARGUMENTS),
+    (PreconditionFailed, "RabbitMQ has this queue or exchange with other arguments", FIX_ARGUMENTS),
     (AccessRefused, "RabbitMQ refuses this user or password", FIX_LOGIN),
     (NotAllowed, "RabbitMQ does not let this user into the virtual host", FIX_LOGIN),
     (AMQPError, "RabbitMQ reports an error", CHECK_RABBITMQ),
@@ -35,6 +35,8 @@ def exit_now(what: str, fix: str) -> NoReturn:
 def describe_error(error: Exception) -> tuple[str, str]:
     """Return what an error of a setting, of RabbitMQ or of the connection to it means, and how to fix it."""
     text = " ".join(str(error).split())
+    if "message size" in text:
+        return f"The message is too large: {text}", "send less in one message, or raise max_message_size"
     for kind, what, fix in MEANINGS:
         if isinstance(error, kind):
             return f"{what}: {text}", fix

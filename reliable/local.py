@@ -42,13 +42,15 @@ class Run:
 
 @contextlib.contextmanager
 def find_or_start(app: celery.Celery, embedded: bool = False) -> Iterator[Run]:
-    """Find RabbitMQ and its workers. Run a worker if none answers, and both in this process without RabbitMQ.
+    """Find RabbitMQ and its workers. If no worker answers, start one.
 
-    The program exits if RabbitMQ was named in the environment or in `.env`, and is not there.
+    Without RabbitMQ, run a broker and a worker in this process. The program exits if the environment or
+    `.env` names a RabbitMQ that cannot be reached.
     """
     where = "" if embedded or app.conf.broker_url == "memory://" else find_rabbitmq(app)
     if not where:
-        reason = "--embedded" if embedded else f"no RabbitMQ at {app.connection_for_write().as_uri()}"
+        uri = app.connection_for_write().as_uri()
+        reason = "--embedded" if embedded or "memory:" in uri else f"cannot connect to RabbitMQ at {uri}"
         start_embedded(app)
         with allow_join_result():  # The program waits for results in the process of the worker
             yield Run(f"Embedded broker and worker ({reason})", find_workers(app), embedded=True)
@@ -60,7 +62,7 @@ def find_or_start(app: celery.Celery, embedded: bool = False) -> Iterator[Run]:
 
 
 def run_until_exit(app: celery.Celery) -> None:
-    """Do the same until this program ends, as for a web server. Where RabbitMQ is named, do nothing."""
+    """Do the same until this program ends, as a web server needs. Where RabbitMQ is named, do nothing."""
     if app.conf.broker_url == "memory://" or not names_rabbitmq():
         running = contextlib.ExitStack()
         atexit.register(running.close)

@@ -13,13 +13,13 @@ from typing import Any
 
 import pytest
 from kombu import Connection
-from mirakuru import TimeoutExpired
+from mirakuru import ProcessExitedWithError, TimeoutExpired
 from mirakuru.base import Executor
 from typing_extensions import Self
 
 
 def clean_environment(**variables: str) -> dict[str, str]:
-    """Return the environment without what says where RabbitMQ is, and with these variables."""
+    """Return the environment without the variables of RabbitMQ and Celery, and with these."""
     ours = ("CELERY_", "RABBITMQ_", "NO_COLOR")
     kept = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
     return kept | {"PYTHON_DOTENV_DISABLED": "1"} | variables
@@ -33,7 +33,7 @@ def free_port() -> int:
 
 
 def rabbitmq_program(name: str) -> str:
-    """Return the path of a program of RabbitMQ; of Debian's, not the wrapper, which insists on a user."""
+    """Return the path of a RabbitMQ program. On Debian, bypass the wrapper, which insists on a user."""
     found = shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin")
     if not found:
         if os.environ.get("CI") == "true":
@@ -60,7 +60,7 @@ class Program(Executor):
             self._stdout = self._stderr = output
             try:
                 return super().start()
-            except TimeoutExpired as error:
+            except (ProcessExitedWithError, TimeoutExpired) as error:
                 logs = [path.read_text()[-3000:] for path in self.output_file.parent.rglob("*.log")]
                 raise AssertionError("\n".join([str(error), *logs])) from None
 
@@ -103,7 +103,7 @@ class Node(Program):
         try:
             return super().start()
         except AssertionError:
-            print(f"{self.name} hangs as it starts: it is started once more")
+            print(f"{self.name} hung while it started, and is started once more")
             return super().start()
 
     def after_start_check(self) -> bool:
@@ -135,7 +135,7 @@ class Node(Program):
         return {queue["name"]: queue[column] for queue in json.loads(listed)}
 
     def virtual_host(self, name: str) -> str:
-        """Create a virtual host, and return its URL: as good as a new RabbitMQ, and sooner there."""
+        """Create a virtual host, and return its URL: as isolated as a new RabbitMQ, and faster to create."""
         everything = '<<".*">>, <<".*">>, <<".*">>'
         self.control(  # At once, as each rabbitmqctl costs half a second of processor time
             "eval",

@@ -61,13 +61,14 @@ class RPCBackend(ChordBackend):
     def get_task_meta(self, task_id: str, backlog_limit: int = sys.maxsize) -> Any:
         """Return the state of a task, for `.state` and `.ready()`.
 
-        By default Celery raises an error where more than 1,000 results wait, as those of a hundred chords do.
+        By default Celery raises an error if more than 1,000 results wait, for example from a hundred chords.
         Since the first `get()` the consumer receives all results, and Celery's own method finds none.
         """
         with self.result_consumer.lock:
             if self.result_consumer.is_consuming:
+                deadline = time.monotonic() + 1  # It returns then, even if results keep coming
                 with contextlib.suppress(TimeoutError):
-                    for _ in range(backlog_limit):
+                    while time.monotonic() < deadline:
                         self.result_consumer.drain_events(timeout=0.01)
             return super().get_task_meta(task_id, backlog_limit)
 

@@ -63,7 +63,7 @@ class Consumer(AcknowledgesInGroups, RefusesMessages):
         return processes * self.prefetch_multiplier
 
     def update_strategies(self) -> None:
-        """Prepare to run the tasks, also those of another class than `reliable.Task`."""
+        """Use the Request of this package for all tasks, also for those of another class than `Task`."""
         for task in self.app.tasks.values():
             if task.Request == CeleryTask.Request:
                 task.Request = Task.Request
@@ -114,12 +114,14 @@ class Consumer(AcknowledgesInGroups, RefusesMessages):
 
     def look_again(self) -> None:
         """Consume from the queues whose RabbitMQ node is back."""
-        for queue in self.out_of_reach.copy():
-            if not topology.is_out_of_reach(self.app, queue):
-                self.out_of_reach.remove(queue)
-                self.add_task_queue(queue.name)
-        if self.out_of_reach:
-            self.timer.call_after(LOOK_AGAIN, self.look_again)
+        try:
+            for queue in self.out_of_reach.copy():
+                if not topology.is_out_of_reach(self.app, queue):
+                    self.out_of_reach.remove(queue)
+                    self.add_task_queue(queue.name)
+        finally:
+            if self.out_of_reach:
+                self.timer.call_after(LOOK_AGAIN, self.look_again)
 
     def sweep_timers(self) -> None:
         """Forget the time limits of tasks that ended. Otherwise each uses memory until its time has come."""

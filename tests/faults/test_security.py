@@ -143,8 +143,10 @@ def test_files_of_tls_are_looked_at_first(tls: TLSNode, tmp_path: Path) -> None:
     (tmp_path / "no.pem").write_text("no certificate")
     assert "no.pem" in what_is_wrong(drive("hello", RABBITMQ_CA=str(tmp_path / "no.pem")))
     assert "set together" in what_is_wrong(drive("hello", **tls.variables(RABBITMQ_CERT="some.pem")))
-    plain = tls.variables(CELERY_BROKER_URL=tls.url)
-    assert "is partly without TLS" in what_is_wrong(drive("hello", **plain))
+    login = {"RABBITMQ_CERT": str(tls.files / "server.pem"), "RABBITMQ_KEY": str(tls.files / "server.key")}
+    for variables in (tls.variables(), login):
+        stopped = drive("hello", **variables | {"CELERY_BROKER_URL": tls.url})
+        assert "has a node without TLS" in what_is_wrong(stopped)
 
 
 # --- A user of few rights -----------------------------------------------------------------------

@@ -6,10 +6,12 @@ from pathlib import Path
 
 import benchmark
 import pytest
+from amqp import PreconditionFailed
 from programs import drive
 
 import run_tasks
 import tasks
+from reliable.errors import describe_error
 
 
 def test_the_list_names_every_lesson_in_order() -> None:
@@ -91,6 +93,11 @@ def test_files_that_are_not_text_are_skipped_and_named(
     (tmp_path / "text").write_text("fish")
     assert list(run_tasks.cut([tmp_path])) == ["fish\n"]
     assert [Path(line).name for line in capsys.readouterr().err.splitlines()] == ["binary", "dangling"]
+
+
+def test_a_message_that_is_too_large_is_not_taken_for_a_wrong_queue() -> None:
+    refused = PreconditionFailed("PRECONDITION_FAILED - message size 20000079 is larger than configured")
+    assert describe_error(refused)[0].startswith("The message is too large")
 
 
 def test_the_benchmark_tells_medians_and_ratios() -> None:
