@@ -400,6 +400,11 @@ def test_no_chord_is_lost_when_rabbitmq_is_killed(node: Node, tmp_path: Path) ->
     break_under_load(rabbitmq_is_killed, ShopWithChords(node.url, tmp_path), [node], pace=0.2)
 
 
+def test_no_chord_is_lost_in_a_cluster_whose_leaders_are_killed(cluster: list[Node], tmp_path: Path) -> None:
+    shop = ShopWithChords(";".join(node.url for node in cluster), tmp_path)
+    break_under_load(leaders_are_killed, shop, cluster, pace=0.3)
+
+
 @pytest.mark.parametrize("fault", [leaders_are_killed, two_of_three_are_killed])
 def test_nothing_is_lost_in_a_cluster_when(fault: Fault, cluster: list[Node], tmp_path: Path) -> None:
     # The broker URL lists all nodes
