@@ -1,6 +1,6 @@
 """The settings of the shop. Celery reads each lower-case name below as one of its settings.
 
-What makes tasks safe is set by default in `reliable/settings.py`; a setting here overrides it.
+`reliable/settings.py` sets the defaults that make tasks safe. A setting here overrides them.
 
 https://docs.celeryq.dev/en/stable/userguide/configuration.html
 """
@@ -20,7 +20,7 @@ broker_login_method = _environment.broker_login_method
 # --- Where results go ---------------------------------------------------------------------------
 # By default rpc://, which sends a result as a message to the program that called the task.
 result_backend = _environment.result_backend
-# A program that died cannot fetch its results. RabbitMQ deletes them after an hour. In seconds.
+# A program that died cannot fetch its results. RabbitMQ deletes them after this many seconds.
 result_expires = 3600
 
 # --- Queues -------------------------------------------------------------------------------------
@@ -40,8 +40,8 @@ task_routes = {"tasks.serve_customer": {"queue": "priority"}}
 # A worker process reserves one task at a time, the one that it runs. All others wait in the queue, where
 # another worker can take them, and urgent tasks overtake them.
 worker_prefetch_multiplier = 1
-# A task that takes longer is killed, and becomes a dead letter. RabbitMQ would deliver it again after half
-# an hour without an acknowledgement. In seconds.
+# A task that takes more seconds is killed, and becomes a dead letter. RabbitMQ would deliver it again after
+# half an hour without an acknowledgement.
 # https://www.rabbitmq.com/docs/consumers#acknowledgement-timeout
 task_time_limit = 14 * 60
 
@@ -50,7 +50,7 @@ beat_schedule = {
     "report stock": {
         "task": "tasks.report_stock",
         "schedule": 10.0,  # Seconds
-        # A worker that was away for a day does not run all the reports of that day.
+        # A worker that was down for a day does not run all the reports of that day.
         "options": {"expires": 10.0},  # Seconds
     },
 }

@@ -50,7 +50,7 @@ class ClaimError(Exception):
 NEEDS: dict[str, tuple[Callable[[Run], bool], str]] = {
     "RabbitMQ": (lambda run: not run.embedded, "docker compose up -d --wait"),
     "worker processes": (lambda run: run.has_processes, "celery -A tasks worker --pool prefork"),
-    "rpc:// results": (lambda _: app.backend.as_uri() == "rpc://", "unset CELERY_RESULT_BACKEND"),
+    "rpc:// results": (lambda _: app.backend.as_uri() == "rpc://", "remove CELERY_RESULT_BACKEND"),
 }
 Lesson = Callable[..., Rows | str]
 LESSONS: dict[str, tuple[Lesson, tuple[str, ...]]] = {}
@@ -76,7 +76,7 @@ def collect(results: Iterable[AsyncResult]) -> list[Any]:
     """Wait for results, and return their values.
 
     Raises:
-        ClaimError: a task failed, whatever its error. Other errors are of the connection to RabbitMQ.
+        ClaimError: a task failed, whatever its error. Connection errors are raised as they are.
         celery.exceptions.TimeoutError: no worker answered.
     """
     values = []
@@ -88,7 +88,7 @@ def collect(results: Iterable[AsyncResult]) -> list[Any]:
 
 
 def watch(result: AsyncResult) -> list[tuple[float, str, Any]]:
-    """Wait for a result. Return each state on its way: seconds until it came, its name, its content."""
+    """Wait for a result. Return each of its states: seconds since the start, name, content."""
     started, states = time.monotonic(), []
 
     def on_message(message: dict[str, Any]) -> None:
@@ -132,7 +132,7 @@ def parallel(run: Run) -> str:
     collect([email.delay() for email in emails])
     at_once = time.perf_counter() - started - in_turn
     times = in_turn / at_once
-    expect(times > 1.3 or run.processes == 1, "them to be faster at once", f"{times:.1f} times as fast")
+    expect(times > 1.3 or run.processes == 1, "them to take less time at once", f"{times:.1f} times as fast")
     return f"8 e-mails: {in_turn:.1f} s one after another, {at_once:.1f} s at once, {times:.1f} times as fast"
 
 
@@ -147,7 +147,7 @@ def nodes(run: Run) -> Rows:
         replies = app.control.broadcast("reload_prices", reply=True, **wanted)
     answers = {name: answer["ok"] for reply in replies for name, answer in reply.items()}
     rows: Rows = [{"node": name, "tasks": ran[name], "broadcast": answers.get(name)} for name in names]
-    expect(all(row["tasks"] and row["broadcast"] for row in rows), "work and an answer of each node", rows)
+    expect(all(row["tasks"] and row["broadcast"] for row in rows), "each node to work and to answer", rows)
     return rows
 
 
@@ -203,7 +203,7 @@ def failures(run: Run) -> Rows:
         with wait_for(app, late.id) as letter:
             letter.delete()
     with wait_for(app, shipped.id) as letter:
-        shipped.forget()  # The error, since the next result is that of the replay
+        shipped.forget()  # Forget the error: the replay sends a new result
         letter.replay()
     (value,) = collect([app.AsyncResult(shipped.id)])
     expect(value == "lamp: shipped", "the lamp shipped after the replay", value)
@@ -269,7 +269,7 @@ def words(run: Run, *paths: Path) -> Rows:
     sent = 0
     here = Path(__file__).parent
     texts = cut(paths or [here / "README.md", *sorted(here.glob("*.py"))])
-    while batch := list(islice(texts, 32)):  # No more than these are in RabbitMQ at a time
+    while batch := list(islice(texts, 32)):  # At most 32 messages are in RabbitMQ at a time
         for counts in collect([tasks.count_words.delay(text) for text in batch]):
             counted.update(counts)
         sent += len(batch)
@@ -364,7 +364,7 @@ def table(rows: Rows) -> Iterator[str]:
 
 
 def run_lesson(name: str, run: Run, paths: Iterable[Path]) -> dict[str, Any]:
-    """Run a lesson, and return what came of it. Errors of RabbitMQ are raised."""
+    """Run a lesson, and return its outcome. Errors of RabbitMQ are raised."""
     function, needs = LESSONS[name]
     result: Rows | str = []
     started, status, reason = time.perf_counter(), "passed", ""
@@ -382,7 +382,7 @@ def run_lesson(name: str, run: Run, paths: Iterable[Path]) -> dict[str, Any]:
 
 
 def show(outcome: dict[str, Any]) -> None:
-    """Print what came of a lesson."""
+    """Print the outcome of a lesson."""
     result, status = outcome["result"], outcome["status"]
     for line in [result] if isinstance(result, str) else table(result):
         click.echo(f"  {line}")
@@ -418,11 +418,12 @@ Examples:
 @click.option("--embedded", is_flag=True, help="Run without RabbitMQ, inside this process.")
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON object for each lesson.")
 def cli(names: tuple[str, ...], paths: tuple[Path, ...], as_list: bool, embedded: bool, as_json: bool) -> int:
-    """Run lessons on the RabbitMQ of .env and the workers that answer there.
+    """Run lessons on the RabbitMQ that .env names, with the workers that answer.
 
-    If no worker answers, one is started. If there is no RabbitMQ, both run inside this process.
+    If no worker answers, this program starts one. If no RabbitMQ answers and none is named, a broker and a
+    worker run inside this process.
 
-    Exit status: 0; 1 if a lesson failed; 2 if something around the lessons is wrong.
+    Exit status: 0 if no lesson failed; 1 if one failed; 2 if the lessons could not run.
     """
     if as_list:
         for name, (function, needs) in LESSONS.items():
@@ -443,7 +444,7 @@ def cli(names: tuple[str, ...], paths: tuple[Path, ...], as_list: bool, embedded
 
 
 def main() -> None:
-    """Run the command line. What is wrong around the lessons is told in two lines."""
+    """Run the command line. Print an error outside the lessons in two lines."""
     # Ctrl-C ends the run at once. As an exception it could meet a connection in the middle of a message.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
@@ -451,7 +452,7 @@ def main() -> None:
     except click.ClickException as error:
         exit_now(error.format_message(), "python run_tasks.py --help")
     except NoAnswer:
-        exit_now(f"No worker answered in {TIMEOUT} s", "celery -A tasks inspect active_queues; read its log")
+        exit_now(f"No worker answered in {TIMEOUT} s", "celery -A tasks inspect active_queues")
     except (ImproperlyConfigured, ImportError, *BROKER_ERRORS) as error:
         exit_now(*describe_error(error))
 

@@ -138,7 +138,7 @@ def ship(item: str, in_stock_from: float) -> str:
 
 @app.task(soft_time_limit=1)
 def draw_label(seconds: float) -> str:
-    """Draw a label, simulated by sleeping. After a second, SoftTimeLimitExceeded is raised in here."""
+    """Draw a label, simulated by sleeping. After a second, SoftTimeLimitExceeded is raised here."""
     time.sleep(seconds)
     return "label"
 

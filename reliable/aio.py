@@ -31,7 +31,7 @@ class Receiver:
         threading.Thread(target=self.run, daemon=True).start()
 
     def run(self) -> None:
-        """Receive. To register a result takes a lock, so that no coroutine can do it."""
+        """Receive. Registering a result takes a lock, so a coroutine must not do it."""
         while True:
             with contextlib.suppress(Empty):
                 while True:
@@ -42,7 +42,7 @@ class Receiver:
             except TimeoutError:
                 pass
             except Exception:  # In a callback of another thread; the coroutines would wait forever
-                logger.exception("A result came, and what follows failed")
+                logger.exception("A callback of a result failed")
 
 
 async def aget(result: AsyncResult, timeout: float | None = None) -> Any:

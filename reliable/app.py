@@ -18,9 +18,9 @@ from reliable.settings import SETTINGS
 
 
 def add_settings(sender: celery.Celery, source: Any, **_: Any) -> None:
-    """Put the settings of this package between those of the app and Celery's defaults.
+    """Let the settings of this package override Celery's defaults, and the app's settings override both.
 
-    Those of `app.add_defaults()` override what an app reads from an object.
+    Settings from `app.add_defaults()` override what an app reads from an object.
     """
     source.maps.insert(-1, copy.deepcopy(SETTINGS))  # An app may change them in place
 
@@ -73,7 +73,7 @@ class Celery(celery.Celery):
         """Declare exchanges and queues before this app publishes for the first time.
 
         Raises:
-            kombu.exceptions.OperationalError: RabbitMQ is away.
+            kombu.exceptions.OperationalError: RabbitMQ cannot be reached.
             amqp.PreconditionFailed: a queue exists with other arguments.
             amqp.AccessRefused: the user may not declare a queue.
         """
@@ -87,7 +87,8 @@ class Celery(celery.Celery):
         """Publish a task by name. Each way to call a task ends here.
 
         Raises:
-            kombu.exceptions.OperationalError: RabbitMQ did not accept the message; the text says why.
+            kombu.exceptions.OperationalError: RabbitMQ did not accept the message; the text gives the reason.
+            amqp.PreconditionFailed: the message is larger than RabbitMQ's max_message_size.
         """
         publishing.prepare(self, name, options)
         # A worker has declared the topology. A given producer has its own way to report errors.

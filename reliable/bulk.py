@@ -50,7 +50,7 @@ def publish_in_bulk(app: celery.Celery, signatures: Iterable[Signature], window:
 
 
 class BulkProducer(Producer):
-    """A producer that looks whether a queue is declared before it copies it, not after."""
+    """A producer that checks whether a queue is declared before it copies the queue, not after."""
 
     def maybe_declare(self, entity: Queue, *args: Any, **options: Any) -> Any:
         """Declare a queue, unless it was declared through this connection."""
@@ -102,7 +102,7 @@ class Unconfirmed:
 
     @contextlib.contextmanager
     def explained(self) -> Iterator[None]:
-        """Name the first task that may be lost in an error."""
+        """Raise errors of publishing as one that names the first task that may be lost."""
         errors = (OperationalError, *self.connection.connection_errors, *self.connection.channel_errors)
         try:
             yield

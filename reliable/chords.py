@@ -62,10 +62,10 @@ class ChordBackend(RPCBackend):
         return self.temporary_queue(f"chord-{group_id}")
 
     def apply_chord(self, header_result_args: Any, body: Any, **_: Any) -> None:
-        """Declare the queue of a chord before its tasks are published, and tell them how many they are.
+        """Declare the queue of a chord before its tasks are published, and put their number into its body.
 
         Raises:
-            kombu.exceptions.OperationalError: RabbitMQ is away.
+            kombu.exceptions.OperationalError: RabbitMQ cannot be reached.
         """
         group_id, results = header_result_args
         body["chord_size"] = count_tasks(results)
@@ -77,8 +77,8 @@ class ChordBackend(RPCBackend):
         """Add the part of a task to its chord. It waits for RabbitMQ, as a result does.
 
         Raises:
-            kombu.exceptions.OperationalError, amqp.AMQPError, OSError: RabbitMQ is away. This is raised only
-                in the main process of a worker, which has other tasks to care for.
+            kombu.exceptions.OperationalError, amqp.AMQPError, OSError: RabbitMQ cannot be reached.
+                Raised only in the main process of a worker, which has other tasks to care for.
         """
         while True:
             try:
@@ -170,10 +170,10 @@ class ChordBackend(RPCBackend):
     def fail(self, body: Signature, error: ChordError) -> None:
         """Report a failed chord to all that wait for its body: caller, `link_error`, chain, another chord.
 
-        Celery's own method needs a task that runs, which the main process of a worker has not, and forgets
-        the other chord.
+        Celery's own method needs a running task, which the main process of a worker does not have. It also
+        forgets the other chord.
         """
-        inner = body.tasks if isinstance(body, group) else [getattr(body, "body", None)]  # That of a chord
+        inner = body.tasks if isinstance(body, group) else [getattr(body, "body", None)]  # Of a chord
         for task in filter(None, inner):
             self.fail(task, error)
         options = body.options

@@ -114,7 +114,7 @@ class Request(CeleryRequest):
         except self.connection_errors:
             raise
         except Exception:  # Odd parts of the message; the worker process would never be free again
-            logger.exception("What follows a failure failed as well")
+            logger.exception("Handling the failure of a task failed as well")
             self.reject(requeue=False)
 
     def on_timeout(self, soft: bool, timeout: float) -> None:
@@ -124,7 +124,7 @@ class Request(CeleryRequest):
             super().on_timeout(soft, timeout)
 
     def reject(self, requeue: bool = False) -> None:
-        """Hand the message back to RabbitMQ. Celery would requeue a task over its hard limit forever."""
+        """Reject the message. Celery would requeue a task over its hard limit forever."""
         super().reject(requeue=requeue and not self.is_over_its_limit)
 
     @contextlib.contextmanager
@@ -133,7 +133,7 @@ class Request(CeleryRequest):
         try:
             yield
         except OperationalError as error:
-            logger.critical("The caller of %s cannot be told, so RabbitMQ delivers it again: %s", self, error)
+            logger.critical("Cannot inform the caller of %s, so RabbitMQ delivers it again: %s", self, error)
             super().reject(requeue=True)
 
     def cancel(self, pool: Any, signal: Any = None, emit_retry: bool = False) -> None:

@@ -20,7 +20,7 @@ class Task(celery.Task):
     Request = "reliable.delivery:Request"
     #: Whether logs, monitors and the list of dead letters hide the arguments.
     secret = False
-    #: How long a retry waits, in seconds, also that of a task whose process was killed.
+    #: How long a retry waits, in seconds, including the retry of a task whose process was killed.
     default_retry_delay = 1
 
     def on_replace(self, sig: Signature) -> Any:
@@ -33,12 +33,12 @@ class Task(celery.Task):
 
 
 def is_secret(app: celery.Celery, name: object) -> bool:
-    """Return whether the arguments of the task of this name are secret. Those of an unknown task are not."""
+    """Return whether the arguments of the task of this name are secret. An unknown task has no secrets."""
     return bool(getattr(app.tasks.get(str(name)), "secret", False))
 
 
 def prepare(app: celery.Celery, name: str, options: dict[str, Any]) -> None:
-    """Change the options with which a task is published, where Celery and RabbitMQ do not fit."""
+    """Change the options with which a task is published, where Celery's options do not suit RabbitMQ."""
     if eta := options.pop("eta", None):
         eta = maybe_make_aware(maybe_iso8601(eta))
         options["countdown"] = subtract_datetimes(eta, app.now()).total_seconds()

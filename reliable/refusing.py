@@ -24,7 +24,7 @@ ACQUISITIONS = 5
 
 
 class RefusesMessages(Consumer):
-    """A consumer that makes a dead letter of what it cannot run, and reports that to the caller."""
+    """A consumer that turns what it cannot run into a dead letter, and reports the error to the caller."""
 
     def create_task_handler(self, *args: Any, **options: Any) -> Callable[[Message], None]:
         """Return what receives a message, and refuses one that is odd. Celery would end the worker."""
@@ -50,7 +50,7 @@ class RefusesMessages(Consumer):
         RabbitMQ cannot tell the caller, so a worker does it. Without this, a task that kills its whole worker
         each time would leave its caller waiting.
         """
-        if not message.delivery_info.get("redelivered"):  # kombu's own broker does not say
+        if not message.delivery_info.get("redelivered"):  # kombu's in-memory broker does not set it
             return False
         name = message.delivery_info["routing_key"].rpartition(".")[2]  # The delay queues put bits before it
         queue = self.app.amqp.queues.get(name)
@@ -71,11 +71,11 @@ class RefusesMessages(Consumer):
         try:
             self.report(message, error)
         except OperationalError as unreported:
-            logger.critical("Its caller cannot be told, so RabbitMQ delivers it again: %s", unreported)
+            logger.critical("Cannot inform its caller, so RabbitMQ delivers it again: %s", unreported)
             message.requeue()
             return
         except Exception:  # Odd parts of the message
-            logger.exception("Its caller cannot be told")
+            logger.exception("Cannot inform its caller")
         message.reject_log_error(logger, self.connection_errors)
 
     def report(self, message: Message, error: Exception) -> None:

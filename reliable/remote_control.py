@@ -14,7 +14,7 @@ from reliable import topology
 
 
 class Mailbox(KombuMailbox):
-    """The queues of remote control, such as `celery inspect`."""
+    """The mailbox of remote control. In a cluster its queues survive a dead node."""
 
     queue_arguments: dict[str, Any]
 

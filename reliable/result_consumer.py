@@ -25,7 +25,7 @@ GROUP = 20
 class ResultConsumer(CeleryResultConsumer):
     """Receives results from the reply queue, and acknowledges them in groups.
 
-    Those of the last group come once more after a lost connection. A result that was read does no harm.
+    RabbitMQ delivers those of the last group again after a lost connection. To read one twice does no harm.
     """
 
     _connection: Any
@@ -99,8 +99,8 @@ class ResultConsumer(CeleryResultConsumer):
     def connect(self) -> None:
         """Consume from the reply queue over a connection of its own.
 
-        Its heartbeats tell both ends that a firewall has cut it. Otherwise this program is deaf, and RabbitMQ
-        keeps sending results there. RabbitMQ also closes it while this program does not receive.
+        Heartbeats let both ends notice that a firewall has cut it. Otherwise this program receives nothing,
+        and RabbitMQ keeps sending. RabbitMQ also closes it while this program does not receive.
         """
         self._connection = self.app.connection(heartbeat=self.app.conf.broker_heartbeat)
         self._consumer = self.Consumer(

@@ -54,7 +54,7 @@ SETTINGS: dict[str, Any] = {
     "worker_cancel_long_running_tasks_on_connection_loss": True,
     # Otherwise a message that is not JSON is acknowledged, and so lost.
     "worker_consumer": "reliable.worker:Consumer",
-    # Otherwise SIGQUIT hands back tasks that are almost done. In seconds.
+    # Otherwise SIGQUIT requeues tasks that are almost done. In seconds.
     "worker_soft_shutdown_timeout": 10,
     # Otherwise a worker that starts before RabbitMQ exits.
     "broker_connection_retry_on_startup": True,

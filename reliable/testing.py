@@ -38,7 +38,7 @@ class Worker(Program):
         url: the broker URL.
         folder: where the log goes; the worker runs where the tests do.
         arguments: further arguments of the command.
-        variables: of its environment.
+        variables: for its environment.
     """
 
     def __init__(self, app: str, url: str, folder: Path, *arguments: str, **variables: str) -> None:
@@ -78,7 +78,7 @@ def take(url: str, queue: str, number: int = 1) -> list[Any]:
 
 @pytest.fixture(scope="session")
 def session_node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Node]:
-    """Run the node that all tests share which do not break it."""
+    """Run the node that is shared by all tests that do not break it."""
     with Node(tmp_path_factory.mktemp("rabbitmq")) as node:
         yield node
 
