@@ -178,10 +178,10 @@ def retries(run: Run) -> Rows:
     before = 0.0
     for at, state, content in watch(tasks.charge_card.delay(order)):
         error = content["exc_message"][0] if state == "RETRY" else ""
-        rows += [{"after, s": at - before, "state": state, "result": error or content}]
+        rows += [{"waited, s": at - before, "state": state, "result": error or content}]
         before = at
     expect([row["state"] for row in rows] == ["RETRY", "RETRY", "SUCCESS"], "two retries, then success", rows)
-    waits = [row["after, s"] for row in rows[1:]]
+    waits = [row["waited, s"] for row in rows[1:]]
     # A caller learns of a retry a moment after the delay has begun, so the waits are not exact
     punctual = all(delay / 2 < wait < delay + 1.5 for delay, wait in zip((1, 2), waits, strict=True))
     expect(punctual, "waits of 1 and 2 s", waits)
