@@ -100,7 +100,7 @@ def replay(context: click.Context, ids: tuple[str, ...], task: str | None) -> No
                     letter.replay()
                     published += 1
                 except Stuck as reason:
-                    stuck.append(f"{letter.id or letter.task}: {reason}")
+                    stuck.append(f"{letter.name}: {reason}")
     finally:
         click.echo(f"{published} published again")
         if stuck:

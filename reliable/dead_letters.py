@@ -40,6 +40,11 @@ class DeadLetter:
         self.reason = shorten(self.death.get("reason", "published here"), 16)
 
     @property
+    def name(self) -> str:
+        """Return what to call it on a terminal."""
+        return shorten(self.id, 64) or self.task
+
+    @property
     def is_secret(self) -> bool:
         """Return whether the arguments are hidden."""
         return is_secret(self.app, self.headers.get("task"))

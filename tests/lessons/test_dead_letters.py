@@ -63,15 +63,15 @@ def test_what_is_no_task_is_listed_without_its_control_characters(fresh: str) ->
         producer.publish(
             b"\x1b[31mred\x07" + b"x" * 100, content_type="text/plain", content_encoding="binary"
         )
-        producer.publish({}, headers={"task": "\x1b[2Jred\n", "id": "7"})
+        producer.publish({}, headers={"task": "\x1b[2Jred\n", "id": "\x1b7"})
     first, second = listed(fresh)
     assert (first["task"], first["reason"], first["queue"]) == ("not a task", "published here", "")
     assert len(first["arguments"]) == 40
-    assert (second["task"], second["id"]) == ("?[2Jred?", "7")
+    assert (second["task"], second["id"]) == ("?[2Jred?", "?7")
     # They have no queue to go back to
     replayed = dead_letters(fresh, "replay")
     assert (replayed.returncode, replayed.stdout) == (2, "0 published again\n")
-    assert "2 cannot go back: not a task: it did not come from a queue; 7: it did not" in replayed.stderr
+    assert "2 cannot go back: not a task: it did not come from a queue; ?7: it did not" in replayed.stderr
     assert depth(fresh, "dead-letters") == 2
 
 
