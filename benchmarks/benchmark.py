@@ -37,6 +37,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
+import celery
 import click
 import psutil
 from kombu import Connection, Queue
@@ -159,6 +160,19 @@ def hand_over(contender: str, accepted: Path) -> None:
                 module.publish_slow(1, number)
                 print(number, file=file)
             time.sleep(0.005)
+    with contextlib.suppress(Exception):
+        getattr(module, "close", int)()  # As in `timed`
+
+
+def chord(contender: str, size: int) -> float:
+    """Call a chord of so many tasks, ten times after the first; return the median of the seconds."""
+    module, seconds = importlib.import_module(contender), []
+    for _ in range(11):
+        started = time.perf_counter()
+        called = celery.chord(module.answer.s("x") for _ in range(size))(module.total.s())
+        assert called.get(timeout=60) == size
+        seconds.append(time.perf_counter() - started)
+    return statistics.median(seconds[1:])
 
 
 def growth(contender: str, function: str, number: int, times: int) -> float:
@@ -360,7 +374,8 @@ def results(contender: Contender) -> None:
         *_, seconds = contender.ask("call", 20)
         contender.note("results: round trip, ms", 1000 * statistics.median(seconds[10:]))
         for size in 10, 100:
-            *_, seconds = contender.ask("chord", size)
+            with contender.process() as process:
+                seconds = process.apply(chord, (contender.module, size))
             contender.note(f"results: chord of {size}, ms a task", 1000 * seconds / size)
     contender.empty()
 

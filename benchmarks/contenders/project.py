@@ -2,13 +2,11 @@
 
 import json
 import os
-import statistics
 import time
 from typing import Any
 
-import celery
 from celery.worker.consumer import Consumer
-from work import mark, mark_slowly
+from work import add_up, mark, mark_slowly
 
 from reliable import result_consumer
 from reliable.acknowledging import AcknowledgesInGroups
@@ -30,7 +28,7 @@ ITEMS = 200_000
 note = app.task(name="note", ignore_result=True)(mark)
 note_slowly = app.task(name="note_slowly", ignore_result=True)(mark_slowly)
 answer = app.task(name="answer")(mark)
-total = app.task(name="total")(sum)
+total = app.task(name="total")(add_up)
 
 
 def publish(number: int, payload: str) -> None:
@@ -85,13 +83,3 @@ def close() -> None:
     """Disconnect."""
     pool: Any = app.pool
     pool.force_close_all()
-
-
-def chord(size: int) -> float:
-    """Call a chord of so many tasks, ten times after the first; return the median of the seconds."""
-    seconds = []
-    for _ in range(11):
-        started = time.perf_counter()
-        assert celery.chord(answer.s("x") for _ in range(size))(total.s()).get(timeout=60) == size
-        seconds.append(time.perf_counter() - started)
-    return statistics.median(seconds[1:])

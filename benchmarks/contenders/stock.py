@@ -5,22 +5,21 @@ https://docs.celeryq.dev/en/stable/getting-started/first-steps-with-celery.html
 
 import json
 import os
-import statistics
 import time
 from typing import Any
 
-import celery
-from work import URL, mark, mark_slowly
+from celery import Celery
+from work import URL, add_up, mark, mark_slowly
 
 WORKER = ("-m", "celery", "-A", "stock", "worker", "-c2", "-lerror")
 ITEMS = 200_000
-app = celery.Celery("stock", backend="rpc://", broker=URL)
+app = Celery("stock", backend="rpc://", broker=URL)
 app.conf.update(json.loads(os.environ["BENCHMARK_SETTINGS"]))
 # "Ignore results you don't want": https://docs.celeryq.dev/en/stable/userguide/tasks.html
 note = app.task(name="note", ignore_result=True)(mark)
 note_slowly = app.task(name="note_slowly", ignore_result=True)(mark_slowly)
 answer = app.task(name="answer")(mark)
-total = app.task(name="total")(sum)
+total = app.task(name="total")(add_up)
 
 
 def publish(number: int, payload: str) -> None:
@@ -63,16 +62,6 @@ def call(number: int) -> list[float]:
         answer.delay("x").get(timeout=10)
         seconds.append(time.perf_counter() - started)
     return seconds
-
-
-def chord(size: int) -> float:
-    """Call a chord of so many tasks, ten times after the first; return the median of the seconds."""
-    seconds = []
-    for _ in range(11):
-        started = time.perf_counter()
-        assert celery.chord(answer.s("x") for _ in range(size))(total.s()).get(timeout=60) == size
-        seconds.append(time.perf_counter() - started)
-    return statistics.median(seconds[1:])
 
 
 def close() -> None:

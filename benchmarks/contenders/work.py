@@ -20,3 +20,8 @@ def mark_slowly(number: int) -> None:
     """Note which task ran, in four bytes, after 20 ms of waiting."""
     time.sleep(0.02)
     os.write(_DONE, b"%03d\n" % (number % 1000))
+
+
+def add_up(numbers: list[int]) -> int:
+    """Return the sum of the results of a chord."""
+    return sum(numbers)
