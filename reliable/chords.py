@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterable
 from typing import Any
 
-from amqp import AccessRefused, AMQPError, NotFound
+from amqp import AMQPError, ConsumerCancelled, NotFound
 from celery import states
 from celery.app.task import Context
 from celery.backends.rpc import RPCBackend
@@ -26,13 +26,14 @@ from kombu.exceptions import OperationalError
 from kombu.utils.functional import maybe_list
 
 from reliable import topology
+from reliable.publishing import QueueFullError
 
 logger = get_logger(__name__)
 
-#: How long a task waits before it tries again to add its part, in seconds.
+#: How long a task waits before it tries again to add its part, or for more parts, in seconds.
 RETRY = 1
-#: How long a task waits before it looks again whether another one has completed the chord, in seconds.
-WAIT = 0.05
+#: How many parts RabbitMQ sends before one is acknowledged. Without a number a quorum queue sends 2,000.
+MOST_PARTS = 65_535
 
 
 def count_tasks(results: Iterable[Any]) -> int:
@@ -46,20 +47,23 @@ class ChordBackend(RPCBackend):
     def ensure_chords_allowed(self) -> None:
         """Allow chords, which Celery's rpc:// backend refuses."""
 
-    def temporary_queue(self, name: str, **limits: Any) -> Queue:
+    def temporary_queue(self, name: str, arguments: dict[str, Any] | None = None, **limits: Any) -> Queue:
         """Describe a queue that expires when it is not used.
 
         It is bound to an exchange, though nobody publishes to it there. RabbitMQ without Khepri has a new
         queue on disk for certain only after the next change of this kind. When it was killed less than two
         seconds after it had declared a queue, the queue and its messages were gone in 3 of 30 runs.
         """
-        arguments = topology.temporary(self.app)
+        arguments = topology.temporary(self.app) | (arguments or {})
         limits["expires"] = self.expires
         return self.Queue(name, topology.TASKS, name, queue_arguments=arguments, **limits)
 
     def chord_queue(self, group_id: str) -> Queue:
-        """Describe the queue for the parts of a chord."""
-        return self.temporary_queue(f"chord-{group_id}")
+        """Describe the queue for the parts of a chord. Only one task at a time gets them.
+
+        https://www.rabbitmq.com/docs/consumers#single-active-consumer
+        """
+        return self.temporary_queue(f"chord-{group_id}", {"x-single-active-consumer": True})
 
     def apply_chord(self, header_result_args: Any, body: Any, **_: Any) -> None:
         """Declare the queue of a chord before its tasks are published, and put their number into its body.
@@ -103,69 +107,66 @@ class ChordBackend(RPCBackend):
         with self.app.amqp.producer_pool.acquire(block=True) as producer:
             publish = {"retry": True, "retry_policy": self.retry_policy, "serializer": self.serializer}
             producer.publish(part, routing_key=queue.name, delivery_mode=2, **publish)
-            with contextlib.suppress(NotFound):  # Another task has completed the chord
-                while True:
-                    found, takers = self.count_parts(producer.connection, queue)
-                    if not takers and (found < size or self.complete(queue, found, size, body)):
-                        return
-                    time.sleep(WAIT)  # Another task takes the parts. It may die before it calls the body
+            with contextlib.suppress(NotFound):  # The chord is complete
+                while self.may_be_complete(producer.connection, queue, size):
+                    self.complete(queue, size, body)
 
-    def count_parts(self, connection: Connection, queue: Queue) -> tuple[int, int]:
-        """Return how many parts are in the queue of a chord, and how many tasks take them.
+    def may_be_complete(self, connection: Connection, queue: Queue, size: int) -> bool:
+        """Return whether all parts of a chord are in its queue, or may be with a task that takes them.
+
+        That task may die before it calls the body.
 
         Raises:
             amqp.NotFound: the queue is deleted.
         """
         with connection.channel() as channel:
             declared = queue(channel).queue_declare(passive=True)
-        return declared.message_count, declared.consumer_count
+        return declared.message_count >= size or declared.consumer_count > 0
 
-    def complete(self, queue: Queue, found: int, size: int, body: Any) -> bool:
-        """Take the parts of a chord. If none is missing, call the body, delete the queue, and return True.
+    def complete(self, queue: Queue, size: int, body: Any) -> None:
+        """Take the parts of a chord. If none is missing, call the body, and delete the queue.
 
-        If one is missing, a task has run twice: its second part is dropped, and the others are put back.
-        They are put back as well if another task takes parts.
+        If one is missing, another task takes the parts, or a task has run twice. Then its second part is
+        dropped, and the others are put back.
         """
         parts: dict[str, dict[str, Any]] = {}
-        taken = 0
 
         def take(message: Any) -> None:
-            nonlocal taken
             message = channel.message_to_python(message)
             message.accept = self.accept
             part = message.payload
             if part["task_id"] in parts:
                 channel.basic_ack(message.delivery_tag)
             parts.setdefault(part["task_id"], part)
-            taken += 1
 
         with self.app.connection_for_read() as connection:
             channel = connection.channel()
-            try:
-                channel.basic_consume(
-                    queue.name, no_ack=False, consumer_tag="parts", callback=take, exclusive=True
-                )
-            except AccessRefused:
-                return False
-            while taken < found:
-                connection.drain_events(timeout=RETRY)
-            if len(parts) < size:
-                return False
-            in_order = sorted(parts.values(), key=lambda part: part["index"] or 0)
-            self.call_body(maybe_signature(body, app=self.app), in_order)
-            queue(channel).delete()
-            return True
+            channel.basic_qos(0, MOST_PARTS, False)
+            channel.basic_consume(queue.name, no_ack=False, consumer_tag="parts", callback=take)
+            with contextlib.suppress(TimeoutError, ConsumerCancelled):  # Cancelled with the queue
+                while len(parts) < size:
+                    connection.drain_events(timeout=RETRY)
+            if len(parts) == size:
+                in_order = sorted(parts.values(), key=lambda part: part["index"] or 0)
+                self.call_body(maybe_signature(body, app=self.app), in_order)
+                queue(channel).delete()
 
     def call_body(self, body: Signature, parts: list[dict[str, Any]]) -> None:
-        """Call the body of a chord with the results, or fail it with the first error of a task."""
+        """Call the body of a chord with the results, or fail it with the first error of a task.
+
+        A body whose queue is full fails as well. Otherwise each process of a worker might wait for the others
+        to take a task from that queue.
+        """
         failed = [part for part in parts if part["state"] != states.SUCCESS]
-        if not failed:
+        try:
+            if failed:
+                cause = self.exception_to_python(failed[0]["result"])
+                raise ChordError(f"Dependency {failed[0]['task_id']} raised {cause!r}") from cause
             body.delay([part["result"] for part in parts])
-            return
-        cause = self.exception_to_python(failed[0]["result"])
-        error = ChordError(f"Dependency {failed[0]['task_id']} raised {cause!r}")
-        error.__cause__ = cause
-        self.fail(body, error)
+        except QueueFullError as error:
+            self.fail(body, ChordError(f"Callback error: {error!r}"))
+        except ChordError as error:
+            self.fail(body, error)
 
     def fail(self, body: Signature, error: ChordError) -> None:
         """Report a failed chord to all that wait for its body: caller, `link_error`, chain, another chord.

@@ -14,6 +14,10 @@ from kombu.exceptions import OperationalError
 SECRET = {"argsrepr": "(secret)", "kwargsrepr": "{}"}
 
 
+class QueueFullError(OperationalError):
+    """The queue of a task has its maximum length, and refuses more."""
+
+
 class Task(celery.Task):
     """The class of every task of `reliable.Celery`."""
 
@@ -56,15 +60,15 @@ def explained(name: str) -> Iterator[None]:
     """Give the error of a refused task a text; Celery's has none.
 
     Raises:
-        kombu.exceptions.OperationalError: RabbitMQ did not accept the task of this name.
+        QueueFullError: the queue of the task of this name is full.
+        kombu.exceptions.OperationalError: RabbitMQ did not accept the task for another reason.
     """
     try:
         yield
     except OperationalError as error:
         cause = error.__cause__
-        reason: object = error
+        refused = f"RabbitMQ did not accept {name}"
         if isinstance(cause, MessageNacked):
-            reason = "its queue is full"
-        elif isinstance(cause, TimeoutError):
-            reason = "it did not confirm in time"
-        raise OperationalError(f"RabbitMQ did not accept {name}: {reason}") from error
+            raise QueueFullError(f"{refused}: its queue is full") from error
+        reason = "it did not confirm in time" if isinstance(cause, TimeoutError) else error
+        raise OperationalError(f"{refused}: {reason}") from error

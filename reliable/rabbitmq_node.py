@@ -163,5 +163,5 @@ def run_cluster(folder: Path, plugins: str = "[].") -> Iterator[list[Node]]:
         node.configuration.write_text(node.configuration.read_text() + formation)
     with ThreadPoolExecutor() as pool, contextlib.ExitStack() as running:
         for started in pool.map(Node.start, nodes):
-            running.callback(started.stop)
+            running.callback(started.kill)  # In good order, the last ones would wait for the others
         yield nodes

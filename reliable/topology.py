@@ -23,6 +23,9 @@ logger = get_logger(__name__)
 QUORUM = {"x-queue-type": "quorum"}
 #: Since RabbitMQ 4.0 a quorum queue without a limit of its own drops a message that came back 20 times.
 _KEEP = QUORUM | {"x-delivery-limit": 1_000_000}
+#: A queue that comes and goes with a program. When a node dies, RabbitMQ 4.3 keeps the messages of its
+#: consumers from others for a minute, or for so many milliseconds.
+_TEMPORARY = _KEEP | {"x-consumer-disconnected-timeout": 2000}
 #: Keeps a message that no binding matches. Otherwise RabbitMQ confirms it, and drops it.
 #: https://www.rabbitmq.com/docs/ae
 UNROUTED = Queue("unrouted", Exchange("unrouted", "fanout"), queue_arguments=_KEEP)
@@ -72,7 +75,7 @@ def temporary(app: celery.Celery) -> dict[str, Any]:
     On one node it is classic: RabbitMQ never frees the name of a quorum queue. In a cluster it is a quorum
     queue, since a classic one is out of reach while its node is down.
     """
-    return dict(QUORUM) if is_cluster(app) else {}
+    return dict(_TEMPORARY) if is_cluster(app) else {}
 
 
 def is_out_of_reach(app: celery.Celery, queue: Queue) -> bool:

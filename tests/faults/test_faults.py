@@ -15,13 +15,15 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
-from programs import PATHS, celery, python
+from kombu import Connection
+from programs import PATHS, celery, python, start_python
 
 from reliable.rabbitmq_node import Node, clean_environment
-from reliable.testing import Worker, take, until
+from reliable.testing import Worker, depth, take, until
 
 TASKS = 1000
 pytestmark = pytest.mark.timeout(400)  # seconds
@@ -399,6 +401,41 @@ def test_nothing_is_lost_with_rabbitmq_when(fault: Fault, arguments: str, node: 
 
 def test_no_chord_is_lost_when_rabbitmq_is_killed(node: Node, tmp_path: Path) -> None:
     break_under_load(rabbitmq_is_killed, ShopWithChords(node.url, tmp_path), [node], pace=0.2)
+
+
+def test_no_chord_is_lost_in_a_cluster_when_leaders_are_killed(cluster: list[Node], tmp_path: Path) -> None:
+    shop = ShopWithChords(";".join(node.url for node in cluster), tmp_path)
+    break_under_load(leaders_are_killed, shop, cluster, pace=0.3)
+
+
+def test_no_chord_waits_for_a_node_that_died_with_its_parts(cluster: list[Node], tmp_path: Path) -> None:
+    # Given a chord whose second task is due later, and somebody who has taken the part of the first
+    shop = Shop(";".join(node.url for node in cluster), tmp_path)
+    shop.start_worker()
+    program = (
+        "from celery import chord\nimport tasks\n"
+        "late = tasks.add.s(2, 0).set(countdown=10)\n"
+        "result = chord([tasks.add.s(1, 0), late], tasks.total.s())()\n"
+        "print(result.parent.id, flush=True)\n"
+        "print(result.get(timeout=60))\n"
+    )
+    try:
+        with (
+            start_python("-c", program, CELERY_BROKER_URL=shop.url) as caller,
+            Connection(cluster[2].url) as connection,
+        ):
+            assert caller.stdout
+            queue = f"chord-{caller.stdout.readline().strip()}"
+            until(lambda: depth(shop.url, queue) == 1)
+            held: list[Any] = []
+            connection.default_channel.basic_consume(queue, callback=held.append)
+            until(lambda: connection.drain_events(timeout=10) or held)
+            # When his node dies, and does not come back
+            cluster[2].kill()
+            # Then the second task calls the body
+            assert caller.stdout.readline() == "3\n"
+    finally:
+        shop.worker.kill()
 
 
 @pytest.mark.parametrize("fault", [leaders_are_killed, two_of_three_are_killed])

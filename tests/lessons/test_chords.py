@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ from amqp import NotFound
 from celery import chord, group
 from celery.exceptions import ChordError
 from kombu import Connection
+from programs import PATHS, python
 
 from reliable import Celery
 from reliable.rabbitmq_node import Node
@@ -125,13 +127,46 @@ def test_no_chord_is_lost_with_the_task_that_held_its_parts(shop: Any, rabbitmq:
     until(lambda: depth(rabbitmq, queue) == 1)
     with Connection(rabbitmq) as connection:
         held: list[Any] = []
-        connection.default_channel.basic_consume(queue, callback=held.append, exclusive=True)
+        connection.default_channel.basic_consume(queue, callback=held.append)
         while len(held) < 2:
             connection.drain_events(timeout=10)
         time.sleep(1)  # This is the fault: meanwhile the second task looks for the parts
         # When it dies
     # Then the second task calls the body
     assert result.get(timeout=20) == 3
+
+
+def test_a_chord_in_a_cluster_may_have_thousands_of_tasks(fresh: str, tmp_path: Path) -> None:
+    # Given the URL of two nodes, here the same one twice, which makes the queue of a chord a quorum queue
+    url = f"{fresh};{fresh}"
+    program = (
+        "from celery import chord\nfrom tasks import add, total\n"
+        "print(chord([add.s(1, 0) for _ in range(2100)], total.s())().get(timeout=90))"
+    )
+    with Worker("tasks", url, tmp_path, "-c4", **PATHS):
+        # When a chord has more tasks than the 2,000 messages that RabbitMQ sends at a time
+        finished = python("-c", program, CELERY_BROKER_URL=url)
+    # Then its body is called
+    assert finished.stdout == "2100\n", finished.stderr
+
+
+def test_a_body_whose_queue_is_full_fails(fresh: str, session_node: Node, tmp_path: Path) -> None:
+    # Given a queue `priority` that nobody consumes from, with as many messages as it may have
+    host = fresh.rpartition("/")[2]
+    limit = ("set_policy", "-p", host, "limit", "^priority$", '{"max-length": 1}', "--apply-to", "queues")
+    session_node.control(*limit)
+    program = (
+        "from celery import chord\nfrom tasks import add, total\n"
+        "add.apply_async((1, 1), queue='priority')\n"
+        "body = total.s().set(queue='priority')\n"
+        "print(repr(chord([add.s(1, 0), add.s(2, 0)], body)().get(timeout=90, propagate=False)))"
+    )
+    with Worker("tasks", fresh, tmp_path, "-c1", "-Q", "default", **PATHS):
+        # When a chord has its body there
+        finished = python("-c", program, CELERY_BROKER_URL=fresh)
+    # Then its caller is told, and the worker does not wait
+    assert finished.stdout.startswith("ChordError"), finished.stderr
+    assert "its queue is full" in finished.stdout
 
 
 def test_a_temporary_queue_is_bound_so_that_rabbitmq_keeps_it(
