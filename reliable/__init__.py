@@ -18,6 +18,7 @@ The way of a task, and the module to read at each step:
     delivery         a process runs the task; each way to fail ends in one place
     results          the result goes back to the caller
     chords           the results of a chord wait for its body
+    failing          a failure fails what was to come after it
     result_consumer  the caller receives it
     aio              a coroutine waits for it
     dead_letters     a task that failed is kept

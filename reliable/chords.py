@@ -13,19 +13,18 @@ import time
 from collections.abc import Iterable
 from typing import Any
 
-from amqp import AMQPError, ConsumerCancelled, NotFound
+from amqp import AMQPError, ConsumerCancelled, NotFound, PreconditionFailed
 from celery import states
 from celery.app.task import Context
-from celery.backends.rpc import RPCBackend
-from celery.canvas import Signature, group, maybe_signature
+from celery.canvas import Signature, maybe_signature
 from celery.exceptions import ChordError
 from celery.result import GroupResult
 from celery.utils.log import get_logger
 from kombu import Connection, Queue
 from kombu.exceptions import OperationalError
-from kombu.utils.functional import maybe_list
 
 from reliable import topology
+from reliable.failing import FailingBackend
 from reliable.publishing import QueueFullError
 
 logger = get_logger(__name__)
@@ -41,7 +40,17 @@ def count_tasks(results: Iterable[Any]) -> int:
     return sum(count_tasks(result) if isinstance(result, GroupResult) else 1 for result in results)
 
 
-class ChordBackend(RPCBackend):
+def ids(results: Iterable[Any]) -> list[Any]:
+    """Return the ids of the tasks of these results, those of a group as a list of their own."""
+    return [ids(result) if isinstance(result, GroupResult) else result.id for result in results]
+
+
+def arrange(results: dict[str, Any], shape: list[Any]) -> list[Any]:
+    """Return the results of tasks in the shape of their ids."""
+    return [arrange(results, step) if isinstance(step, list) else results[step] for step in shape]
+
+
+class ChordBackend(FailingBackend):
     """A result backend with chords."""
 
     def ensure_chords_allowed(self) -> None:
@@ -73,6 +82,8 @@ class ChordBackend(RPCBackend):
         """
         group_id, results = header_result_args
         body["chord_size"] = count_tasks(results)
+        if any(isinstance(result, GroupResult) for result in results):  # A chain that ends in a group
+            body["shape"] = ids(results)
         with self.app.amqp.producer_pool.acquire(block=True) as producer:
             queue = self.chord_queue(group_id)(producer.channel)
             producer.connection.ensure(queue, queue.declare, **self.app.conf.task_publish_retry_policy)()
@@ -96,7 +107,7 @@ class ChordBackend(RPCBackend):
     def add_part(self, request: Context, state: str, result: Any) -> None:
         """Publish the part of a task, and complete the chord if all parts are there."""
         body = dict(request.chord)
-        size = body.pop("chord_size")
+        size, shape = body.pop("chord_size"), body.pop("shape", None)
         queue = self.chord_queue(request.group)
         part = {
             "index": request.group_index,
@@ -109,7 +120,7 @@ class ChordBackend(RPCBackend):
             producer.publish(part, routing_key=queue.name, delivery_mode=2, **publish)
             with contextlib.suppress(NotFound):  # The chord is complete
                 while self.may_be_complete(producer.connection, queue, size):
-                    self.complete(queue, size, body)
+                    self.complete(queue, size, body, shape)
 
     def may_be_complete(self, connection: Connection, queue: Queue, size: int) -> bool:
         """Return whether all parts of a chord are in its queue, or may be with a task that takes them.
@@ -123,7 +134,7 @@ class ChordBackend(RPCBackend):
             declared = queue(channel).queue_declare(passive=True)
         return declared.message_count >= size or declared.consumer_count > 0
 
-    def complete(self, queue: Queue, size: int, body: Any) -> None:
+    def complete(self, queue: Queue, size: int, body: Any, shape: list[Any] | None) -> None:
         """Take the parts of a chord. If none is missing, call the body, and delete the queue.
 
         If one is missing, another task takes the parts, or a task has run twice. Then its second part is
@@ -147,39 +158,24 @@ class ChordBackend(RPCBackend):
                 while len(parts) < size:
                     connection.drain_events(timeout=RETRY)
             if len(parts) == size:
-                in_order = sorted(parts.values(), key=lambda part: part["index"] or 0)
-                self.call_body(maybe_signature(body, app=self.app), in_order)
+                self.call_body(maybe_signature(body, app=self.app), parts, shape)
                 queue(channel).delete()
 
-    def call_body(self, body: Signature, parts: list[dict[str, Any]]) -> None:
+    def call_body(self, body: Signature, parts: dict[str, dict[str, Any]], shape: list[Any] | None) -> None:
         """Call the body of a chord with the results, or fail it with the first error of a task.
 
         A body whose queue is full fails as well. Otherwise each process of a worker might wait for the others
         to take a task from that queue.
         """
-        failed = [part for part in parts if part["state"] != states.SUCCESS]
+        in_order = sorted(parts.values(), key=lambda part: part["index"] or 0)
+        failed = [part for part in in_order if part["state"] != states.SUCCESS]
+        results = {part["task_id"]: part["result"] for part in in_order}
         try:
             if failed:
                 cause = self.exception_to_python(failed[0]["result"])
                 raise ChordError(f"Dependency {failed[0]['task_id']} raised {cause!r}") from cause
-            body.delay([part["result"] for part in parts])
-        except QueueFullError as error:
+            body.delay(arrange(results, shape or list(results)))
+        except (QueueFullError, PreconditionFailed) as error:  # The second: it is too large
             self.fail(body, ChordError(f"Callback error: {error!r}"))
         except ChordError as error:
             self.fail(body, error)
-
-    def fail(self, body: Signature, error: ChordError) -> None:
-        """Report a failed chord to all that wait for its body: caller, `link_error`, chain, another chord.
-
-        Celery's own method needs a running task, which the main process of a worker does not have. It also
-        forgets the other chord.
-        """
-        inner = body.tasks if isinstance(body, group) else [getattr(body, "body", None)]  # Of a chord
-        for task in filter(None, inner):
-            self.fail(task, error)
-        options = body.options
-        request = Context(
-            options, id=body.id, task=body.task, group=options.get("group_id"), delivery_info={}
-        )
-        request.update(errbacks=maybe_list(options.get("link_error")), correlation_id=body.id)
-        self.mark_as_failure(body.id, error, request=request)

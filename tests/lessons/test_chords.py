@@ -37,8 +37,11 @@ FORMS: dict[str, tuple[Callable[[Any], Any], Any]] = {
     ),
     "of a group": (lambda shop: chord([group(numbers(shop, 1, 2)), *numbers(shop, 3)], shop.total.s()), 6),
     "of a chain that ends in a group": (
-        lambda shop: chord([shop.add.s(1, 0) | group(shop.add.s(1), shop.add.s(2))], shop.total.s()),
-        5,
+        lambda shop: chord(
+            [shop.add.s(1, 0) | group(shop.add.s(1), shop.add.s(2)), *numbers(shop, 4)],
+            shop.app.tasks["celery.accumulate"].s(),
+        ),
+        [[[2, 3], 4]],
     ),
     "a chain of chords": (
         lambda shop: (
@@ -78,6 +81,26 @@ def test_results_may_be_large(shop: Any) -> None:
     body = shop.app.tasks["celery.accumulate"].s()
     (counts,) = chord([shop.count_words.s(text) for text in texts], body).delay().get(timeout=20)
     assert [len(counted) for counted in counts] == [10_000] * 10  # 120 kB each
+
+
+def test_a_body_that_is_too_large_fails(shop: Any) -> None:
+    # Given ten results of two megabytes each, together more than RabbitMQ takes in a message
+    accumulate = shop.app.tasks["celery.accumulate"]
+    result = chord([accumulate.s("x" * 2_000_000) for _ in range(10)], accumulate.s()).delay()
+    # Then the caller is told
+    result.get(timeout=60, propagate=False)
+    assert isinstance(result.result, ChordError)
+    assert "larger than configured max size" in str(result.result)
+
+
+def test_a_failure_fails_the_group_at_the_end_of_its_chain(shop: Any, rabbitmq: str) -> None:
+    result = (shop.ship.s("sofa", 9e9) | group(numbers(shop, 1, 2))).delay()
+    with pytest.raises(Exception, match="sofa: out of stock"):
+        result.get(timeout=20)
+    assert [str(child.get(timeout=20, propagate=False)) for child in result.results] == 2 * [
+        "sofa: out of stock"
+    ]
+    take(rabbitmq, "dead-letters")
 
 
 @pytest.mark.parametrize("is_nested", [False, True], ids=["of tasks", "of a chord"])
