@@ -113,6 +113,13 @@ STEPS = (
     "guarantees",
 )
 FIGURES: dict[str, dict[str, list[float]]] = {}  # by figure, then by contender: one number a round
+#: The figures of the chart.
+PANELS = {
+    "publish in bulk, 100 B, tasks/s": "more is better →",
+    "consume, 100 B, tasks/s": "more is better →",
+    "with results, 100 B, tasks/s": "more is better →",
+    "round trip p50, ms": "← less is better",
+}
 
 
 class GivenNode(NamedTuple):
@@ -526,23 +533,24 @@ def summary() -> list[dict[str, Any]]:
 
 
 def chart(path: Path) -> None:
-    """Draw the figures that compare the contenders."""
+    """Draw four of the figures that compare the contenders, in colours for a light and a dark page."""
     import matplotlib.pyplot as plt  # noqa: PLC0415  (slow to import, and needed here only)
 
     plt.rcParams["svg.fonttype"] = "none"  # text as text: a third of the size
-    titles = list(CONTENDERS)
-    compared = [name for name, by_row in FIGURES.items() if {"kombu alone", "Celery, stock"} <= set(by_row)]
-    figure, axes = plt.subplots(-(-len(compared) // 3), 3, figsize=(12, 12), layout="constrained")
-    for axis, name in zip(axes.flat, compared, strict=False):
-        shown = [title for title in titles if title in FIGURES[name]]
+    plt.rcParams |= dict.fromkeys(("text.color", "xtick.color", "ytick.color", "axes.edgecolor"), "0.5")
+    figure, axes = plt.subplots(2, 2, figsize=(11, 6), layout="constrained")
+    for axis, (name, better) in zip(axes.flat, PANELS.items(), strict=True):
+        shown = [title for title in CONTENDERS if title in FIGURES.get(name, {})]
         medians = [statistics.median(FIGURES[name][title]) for title in shown]
-        colours = [f"C{titles.index(title)}" for title in shown]
-        axis.barh(shown, medians, color=colours)
+        colours = ["tab:orange" if title.startswith("this project") else "0.6" for title in shown]
+        bars = axis.barh(
+            [title.replace(", transient", ",\ntransient") for title in shown], medians, color=colours
+        )
+        axis.bar_label(bars, fmt=lambda x: f"{x:,.0f}" if x > 100 else f"{x:.1f}", padding=3)
+        axis.margins(x=0.15)
         axis.invert_yaxis()
-        axis.set_title(name, fontsize=9)
-    for axis in axes.flat[len(compared) :]:
-        axis.remove()
-    figure.savefig(path)
+        axis.set_title(f"{name}: {better}", fontsize=10)
+    figure.savefig(path, transparent=True)
 
 
 def steps(

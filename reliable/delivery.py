@@ -139,7 +139,7 @@ class Request(CeleryRequest):
     def cancel(self, pool: Any, signal: Any = None, emit_retry: bool = False) -> None:
         """Stop a task whose connection is lost. RabbitMQ delivers it again.
 
-        Celery would first report a retry to its caller, which it cannot while RabbitMQ is away, and then
+        Celery would first report a retry to its caller, which it cannot while RabbitMQ is down, and then
         that the task was revoked.
         """
         self._already_cancelled = True

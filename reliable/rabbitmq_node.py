@@ -68,9 +68,11 @@ class Program(Executor):
 class Node(Program):
     """A RabbitMQ node on free ports of the loopback interface, with its data in a folder of its own."""
 
-    def __init__(self, folder: Path, plugins: str = "[].", **variables: str) -> None:
+    def __init__(
+        self, folder: Path, plugins: str = "[].", name: str = "rabbit@localhost", **variables: str
+    ) -> None:
         self.port, self.ui_port, self.metrics_port, distribution, epmd = (free_port() for _ in range(5))
-        self.name = f"test-{self.port}@localhost"
+        self.name = name
         self.url = f"amqp://guest:guest@127.0.0.1:{self.port}//"
         (folder / "plugins").write_text(plugins)
         self.configuration = folder / "rabbitmq.conf"
@@ -151,8 +153,9 @@ def run_cluster(folder: Path, plugins: str = "[].") -> Iterator[list[Node]]:
     shared = {"HOME": str(folder), "ERL_EPMD_PORT": str(free_port())}  # The cookie is in HOME
     nodes = []
     for number in range(3):
-        (folder / f"node{number}").mkdir()
-        nodes.append(Node(folder / f"node{number}", plugins, **shared))
+        name = f"rabbit{number + 1}"
+        (folder / name).mkdir()
+        nodes.append(Node(folder / name, plugins, f"{name}@localhost", **shared))
     (folder / ".erlang.cookie").write_text("cluster")
     (folder / ".erlang.cookie").chmod(0o600)
     formation = "cluster_formation.peer_discovery_backend = classic_config\n" + "".join(

@@ -96,7 +96,7 @@ class RPCBackend(ChordBackend):
                 self.result_consumer.drain_events(timeout=0.01)
 
     def delete_queue(self, pid: int) -> None:
-        """Delete the reply queue of this program as it ends, unless RabbitMQ is away: then the queue expires.
+        """Delete the reply queue of this program as it ends, unless RabbitMQ is down: then the queue expires.
 
         A forked process, which has another `pid`, leaves the queue of its parent alone.
         """

@@ -20,9 +20,9 @@ SETTINGS: dict[str, Any] = {
         **_publish_retries,
         # Otherwise messages in flight are lost when a connection drops.
         "confirm_publish": True,
-        # Otherwise a publisher hangs forever while RabbitMQ is short of memory or disk space. In seconds.
-        "read_timeout": 10,
-        "write_timeout": 10,
+        # Otherwise a publisher hangs forever while RabbitMQ is short of memory or disk space.
+        "read_timeout": 10,  # Seconds
+        "write_timeout": 10,  # Seconds
     },
     # --- Queues ---
     "task_queues": [topology.work_queue("default")],
@@ -44,9 +44,9 @@ SETTINGS: dict[str, Any] = {
     "task_acks_on_failure": False,
     "task_acks_on_timeout": False,
     # RabbitMQ redelivers a task that is not acknowledged within 30 minutes, again and again. A task may wait
-    # for one other task of the same worker process first. In seconds.
+    # for one other task of the same worker process first.
     # https://www.rabbitmq.com/docs/consumers#acknowledgement-timeout
-    "task_time_limit": 14 * 60,
+    "task_time_limit": 14 * 60,  # Seconds
     # --- Workers ---
     # Otherwise one worker hoards tasks that another could run, and urgent tasks wait behind them.
     "worker_prefetch_multiplier": 1,
@@ -54,23 +54,23 @@ SETTINGS: dict[str, Any] = {
     "worker_cancel_long_running_tasks_on_connection_loss": True,
     # Otherwise a message that is not JSON is acknowledged, and so lost.
     "worker_consumer": "reliable.worker:Consumer",
-    # Otherwise SIGQUIT requeues tasks that are almost done. In seconds.
-    "worker_soft_shutdown_timeout": 10,
+    # Otherwise SIGQUIT requeues tasks that are almost done.
+    "worker_soft_shutdown_timeout": 10,  # Seconds
     # Otherwise a worker that starts before RabbitMQ exits.
     "broker_connection_retry_on_startup": True,
     # Otherwise a worker exits when RabbitMQ closes a channel.
     "broker_channel_error_retry": True,
-    # Otherwise a worker takes four minutes to notice a dead RabbitMQ. In seconds.
-    "broker_heartbeat": 30,
+    # Otherwise a worker takes four minutes to notice a dead RabbitMQ.
+    "broker_heartbeat": 30,  # Seconds
     # Otherwise a second worker of the same name exits, and so does a restart after a lost connection.
     "control_queue_exclusive": False,
     "control_queue_durable": True,
     # --- Results ---
-    # Otherwise the results for a caller that died stay for a day. In seconds.
-    "result_expires": 3600,
+    # Otherwise the results for a caller that died stay for a day.
+    "result_expires": 3600,  # Seconds
     # Otherwise results are lost when RabbitMQ restarts.
     "result_persistent": True,
-    # Otherwise a result is lost, and its task acknowledged, after a database was away for three attempts.
+    # Otherwise a result is lost, and its task acknowledged, after three attempts to reach its database.
     "result_backend_always_retry": True,
     "result_backend_max_retries": 1_000_000,
     # All threads of a program share one reply queue. Otherwise a thread that ends loses the results for it.
