@@ -1,7 +1,9 @@
 """Results in asyncio: any number of coroutines wait at once, and none blocks the event loop.
 
-result = await asyncio.to_thread(add.delay, 2, 2)  # Returns once RabbitMQ has confirmed the task
-four = await aget(result, timeout=5)
+    result = await asyncio.to_thread(add.delay, 2, 2)  # Returns once RabbitMQ has confirmed the task
+    four = await aget(result, timeout=5)
+
+https://docs.python.org/3/library/asyncio-task.html#asyncio.to_thread
 """
 
 import asyncio

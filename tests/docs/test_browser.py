@@ -1,7 +1,4 @@
-"""What a browser shows of a run: Flower's tasks, and the management UI of a cluster.
-
-$ tests/run tests/docs/test_browser.py tests/lessons/test_web.py --pictures     and take the pictures
-"""
+"""What a browser shows of a run: Flower's tasks, and the management UI of a cluster."""
 
 import importlib.resources
 import re

@@ -1,7 +1,4 @@
-"""The pictures of the README that are drawn from a run: the timeline of the first page, and the crash.
-
-$ tests/run tests/docs tests/lessons/test_web.py --pictures     and take all pictures
-"""
+"""The pictures of the README that are drawn from a run: the timeline at its top, and the crash."""
 
 import io
 import json
