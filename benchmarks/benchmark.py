@@ -340,7 +340,6 @@ def publishing(contender: Contender, size: int, what: str = "") -> None:
     if contender.title == "this project":
         rate = contender.rate_of("publish_unconfirmed", 4000, payload)
         contender.note(figure, rate, row="… without confirms")
-        contender.empty()
     contender.note(f"{what}publish, {size} B, tasks/s", contender.rate_of("publish", 1000, payload))
     contender.note(figure, contender.rate_of("publish_bulk", 4000, payload))
 
