@@ -31,6 +31,9 @@ logger = get_logger(__name__)
 
 #: How long a task waits before it tries again to add its part, or for more parts, in seconds.
 RETRY = 1
+#: How long a chord may take, in seconds: then its queue expires. Its tasks may wait for longer than
+#: `result_expires`.
+EXPIRES = 7 * 24 * 60 * 60
 #: How many parts RabbitMQ sends before one is acknowledged. Without a number a quorum queue sends 2,000.
 MOST_PARTS = 65_535
 
@@ -56,7 +59,9 @@ class ChordBackend(FailingBackend):
     def ensure_chords_allowed(self) -> None:
         """Allow chords, which Celery's rpc:// backend refuses."""
 
-    def temporary_queue(self, name: str, arguments: dict[str, Any] | None = None, **limits: Any) -> Queue:
+    def temporary_queue(
+        self, name: str, arguments: dict[str, Any] | None = None, **limits: float | None
+    ) -> Queue:
         """Describe a queue that expires when it is not used.
 
         It is bound to an exchange, though nobody publishes to it there. RabbitMQ without Khepri has a new
@@ -64,7 +69,6 @@ class ChordBackend(FailingBackend):
         seconds after it had declared a queue, the queue and its messages were gone in 3 of 30 runs.
         """
         arguments = topology.temporary(self.app) | (arguments or {})
-        limits["expires"] = self.expires
         return self.Queue(name, topology.TASKS, name, queue_arguments=arguments, **limits)
 
     def chord_queue(self, group_id: str) -> Queue:
@@ -72,7 +76,8 @@ class ChordBackend(FailingBackend):
 
         https://www.rabbitmq.com/docs/consumers#single-active-consumer
         """
-        return self.temporary_queue(f"chord-{group_id}", {"x-single-active-consumer": True})
+        sac = {"x-single-active-consumer": True}
+        return self.temporary_queue(f"chord-{group_id}", sac, expires=EXPIRES)
 
     def apply_chord(self, header_result_args: Any, body: Any, **_: Any) -> None:
         """Declare the queue of a chord before its tasks are published, and put their number into its body.

@@ -48,7 +48,7 @@ class RPCBackend(ChordBackend):
 
         The results in it expire as well. Otherwise it grows while a program never asks for them.
         """
-        return self.temporary_queue(self.oid, message_ttl=self.expires)
+        return self.temporary_queue(self.oid, expires=self.expires, message_ttl=self.expires)
 
     def add_pending_result(self, result: Any, *args: Any, **options: Any) -> Any:
         """Wait for a result, or find it among those that came before."""

@@ -142,6 +142,15 @@ def test_a_task_that_a_worker_refuses_fails_its_chord(shop: Any, rabbitmq: str) 
     take(rabbitmq, "dead-letters")
 
 
+def test_a_chord_may_wait_longer_than_results_are_kept(shop: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Given results that expire after a second
+    monkeypatch.setattr(shop.app.backend, "expires", 1)
+    # When the second task of a chord runs later
+    result = chord([*numbers(shop, 1), shop.add.s(2, 0).set(countdown=4)], shop.total.s()).delay()
+    # Then its body is called
+    assert result.get(timeout=20) == 3
+
+
 def test_no_chord_is_lost_with_the_task_that_held_its_parts(shop: Any, rabbitmq: str) -> None:
     # Given a chord of two tasks. Somebody holds the part of the first when the second adds its own
     late = shop.add.s(2, 0).set(countdown=2)
