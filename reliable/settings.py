@@ -12,6 +12,8 @@ from reliable import topology
 _publish_retries = {"max_retries": 3, "interval_start": 0.2, "interval_step": 0.5, "interval_max": 1}
 
 SETTINGS: dict[str, Any] = {
+    # Where RabbitMQ is by default. Otherwise kombu warns again and again that it assumes this.
+    "broker_url": "amqp://guest:guest@localhost:5672//",
     # --- Publishing ---
     # Otherwise a web request hangs while RabbitMQ is down. The intervals are in seconds.
     "task_publish_retry_policy": _publish_retries,

@@ -32,6 +32,17 @@ def test_the_settings_of_an_app_override_those_of_the_package() -> None:
     assert not app.conf.task_acks_late
 
 
+def test_an_app_without_a_broker_url_warns_of_nothing(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("CELERY_BROKER_URL", raising=False)
+    assert (
+        Celery("one", set_as_current=False).connection_for_write().as_uri()
+        == "amqp://guest:**@localhost:5672//"
+    )
+    assert not caplog.records
+
+
 def test_two_apps_have_settings_and_tasks_of_their_own() -> None:
     one, other = (Celery(name, set_as_current=False) for name in ("one", "other"))
     one.conf.task_time_limit = 60
