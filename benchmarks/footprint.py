@@ -92,7 +92,7 @@ def keep(url: str, number: int) -> list[Celery]:
 @click.option("--calls", default=10_000, show_default=True, help="How many callers come and go.")
 @click.option("--inspects", default=1000, show_default=True, help="How many `inspect` calls are made.")
 def main(callers: int, calls: int, inspects: int) -> None:
-    """Count what is left in RabbitMQ, in about ten minutes."""
+    """Count what is left in RabbitMQ, in about twenty minutes."""
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         node = stack.enter_context(Node(folder))

@@ -69,6 +69,15 @@ class Celery(celery.Celery):
         """
         return str(self.oid)
 
+    def _connection(self, url: str, *, transport_options: Any = None, **options: Any) -> Any:
+        """Connect with the transport options of this package, and those of the app.
+
+        With Celery's method an app that sets any of them would lose all others, and so the confirms.
+        """
+        ours = SETTINGS["broker_transport_options"]
+        transport_options = {**ours, **self.conf.broker_transport_options, **(transport_options or {})}
+        return super()._connection(url, transport_options=transport_options, **options)
+
     def declare_topology_once(self) -> None:
         """Declare exchanges and queues before this app publishes for the first time.
 

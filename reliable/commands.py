@@ -18,15 +18,21 @@ LINE = "{task:<26.26} {id:<8.8} {arguments:<20.20} {reason:<9.9} {count:>5} {age
 HEADING = LINE.format(task="task", id="id", arguments="arguments", reason="reason", count="count", age="age")
 
 
-def select(letters: Iterable[DeadLetter], ids: tuple[str, ...], task: str | None) -> Iterator[DeadLetter]:
-    """Yield the letters of this task whose id starts with one of these. Without ids, yield all.
+def select(
+    letters: Iterable[DeadLetter], ids: tuple[str, ...], task: str | None = None, reason: str | None = None
+) -> Iterator[DeadLetter]:
+    """Yield the letters of this task and reason whose id starts with one of these. Without ids, yield all.
 
     The program exits in the end if there is no letter for one of the ids.
     """
     missing = set(ids)
     for letter in letters:
         matching = {start for start in ids if letter.id.startswith(start)}
-        if (matching or not ids) and task in (None, letter.headers.get("task")):
+        is_wanted = task in (None, letter.task, letter.headers.get("task")) and reason in (
+            None,
+            letter.reason,
+        )
+        if (matching or not ids) and is_wanted:
             missing -= matching
             yield letter
     if missing:
@@ -39,8 +45,20 @@ def dead_letters() -> None:
     """List the tasks that failed, run them again, or discard them."""
 
 
-one_task = click.option("--task", metavar="NAME", help="Only letters of this task.")
-some_ids = click.argument("ids", nargs=-1, metavar="[ID]...")
+def refuse_nothing(
+    _context: click.Context, _parameter: click.Parameter, ids: tuple[str, ...]
+) -> tuple[str, ...]:
+    """Refuse an empty id, such as a variable that is not set: every id starts with it."""
+    if "" in ids:
+        raise click.BadParameter("it is empty")
+    return ids
+
+
+one_task = click.option("--task", metavar="NAME", help="Only letters of this task, or of 'not a task'.")
+one_reason = click.option(
+    "--reason", help="Only letters with this reason: rejected, expired, delivery_limit …"
+)
+some_ids = click.argument("ids", nargs=-1, metavar="[ID]...", callback=refuse_nothing)
 
 
 @contextlib.contextmanager
@@ -64,14 +82,15 @@ def dead_letter_queue(context: click.Context) -> Iterator[tuple[celery.Celery, A
 
 @dead_letters.command("list")
 @one_task
+@one_reason
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON object for each letter.")
 @click.pass_context
-def list_letters(context: click.Context, task: str | None, as_json: bool) -> None:
-    """List the dead letters: which task, why it failed, how often, and how long ago."""
+def list_letters(context: click.Context, task: str | None, reason: str | None, as_json: bool) -> None:
+    """List the dead letters: which task, RabbitMQ's reason, how often, and how long since the last time."""
     with dead_letter_queue(context) as (app, channel):
         if not as_json:
             click.echo(HEADING)
-        for letter in select(read(app, channel), (), task):
+        for letter in select(read(app, channel), (), task, reason):
             row = letter.summary()
             click.echo(json.dumps(row) if as_json else LINE.format(**row))
 
@@ -80,27 +99,31 @@ def list_letters(context: click.Context, task: str | None, as_json: bool) -> Non
 @click.argument("id_", metavar="ID")
 @click.pass_context
 def show(context: click.Context, id_: str) -> None:
-    """Show a whole letter as JSON: headers, arguments, the error, and RabbitMQ's notes on its deaths."""
+    """Show a whole letter as JSON: headers, arguments, and what RabbitMQ notes of its deaths.
+
+    The error is in the log of the worker.
+    """
     with dead_letter_queue(context) as (app, channel):
-        for letter in select(read(app, channel), (id_,), None):
+        for letter in select(read(app, channel), (id_,)):
             click.echo(json.dumps(letter.everything(), indent=2, default=str))
 
 
 @dead_letters.command()
 @some_ids
 @one_task
+@one_reason
 @click.pass_context
-def replay(context: click.Context, ids: tuple[str, ...], task: str | None) -> None:
+def replay(context: click.Context, ids: tuple[str, ...], task: str | None, reason: str | None) -> None:
     """Run all tasks again, or those whose ID starts like this. Each goes back to the queue it came from."""
     published, stuck = 0, []
     try:
         with dead_letter_queue(context) as (app, channel):
-            for letter in select(read(app, channel, "Publishing again"), ids, task):
+            for letter in select(read(app, channel, "Publishing again"), ids, task, reason):
                 try:
                     letter.replay()
                     published += 1
-                except Stuck as reason:
-                    stuck.append(f"{letter.name}: {reason}")
+                except Stuck as error:
+                    stuck.append(f"{letter.name}: {error}")
     finally:
         click.echo(f"{published} published again")
         if stuck:
@@ -111,17 +134,22 @@ def replay(context: click.Context, ids: tuple[str, ...], task: str | None) -> No
 @dead_letters.command()
 @some_ids
 @one_task
+@one_reason
 @click.option("--yes", is_flag=True, help="Do not ask.")
 @click.pass_context
-def discard(context: click.Context, ids: tuple[str, ...], task: str | None, yes: bool) -> None:
+def discard(
+    context: click.Context, ids: tuple[str, ...], task: str | None, reason: str | None, yes: bool
+) -> None:
     """Delete all dead letters for good, or those whose ID starts like this. It asks first."""
     what = f"the dead letters whose ID starts with {' or '.join(ids)}" if ids else "all dead letters"
+    what += f" of {task}" if task else ""
+    what += f" with the reason {reason}" if reason else ""
     if not yes:
-        click.confirm(f"Delete {what}{f' of {task}' if task else ''} for good?", abort=True)
+        click.confirm(f"Delete {what} for good?", abort=True)
     discarded = 0
     try:
         with dead_letter_queue(context) as (app, channel):
-            for letter in select(read(app, channel, "Deleting"), ids, task):
+            for letter in select(read(app, channel, "Deleting"), ids, task, reason):
                 letter.delete()
                 discarded += 1
     finally:

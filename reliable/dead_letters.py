@@ -101,8 +101,8 @@ class DeadLetter:
         if self.queue not in self.app.amqp.queues:
             raise Stuck(f"this app has no queue {shorten(self.queue, 40)}")
         kept = {name: value for name, value in self.headers.items() if not name.startswith(ADDED_BY_RABBITMQ)}
-        # It may run however late it is
-        kept |= {"expires": None, "replays": self.count}
+        # It may run however late it is, and be retried as often as a new task
+        kept |= {"expires": None, "retries": 0, "replays": self.count}
         properties = {**self.message.properties, "application_headers": kept}
         properties.pop("expiration", None)
         queue = self.app.amqp.queues[self.queue]

@@ -70,6 +70,7 @@ class RPCBackend(ChordBackend):
                 with contextlib.suppress(TimeoutError):
                     while time.monotonic() < deadline:
                         self.result_consumer.drain_events(timeout=0.01)
+            self.delete_queue_at_exit()  # Celery declares the queue to look into it
             return super().get_task_meta(task_id, backlog_limit)
 
     def on_task_call(self, producer: Producer, task_id: str) -> None:
@@ -85,15 +86,19 @@ class RPCBackend(ChordBackend):
         is_expiring = unread > (self.expires or math.inf) / 2
         if self.oid in declared and not is_expiring:
             return
-        if not self.deletes_queue_at_exit:
-            atexit.register(self.delete_queue, os.getpid())
-            self.deletes_queue_at_exit = True
+        self.delete_queue_at_exit()
         queue = self.binding(producer.channel)
         maybe_declare(queue, retry=True, **self.app.conf.task_publish_retry_policy)
         declared.add(self.oid)
         if is_expiring:
             with contextlib.suppress(TimeoutError):
                 self.result_consumer.drain_events(timeout=0.01)
+
+    def delete_queue_at_exit(self) -> None:
+        """Delete the reply queue when this program ends."""
+        if not self.deletes_queue_at_exit:
+            atexit.register(self.delete_queue, os.getpid())
+            self.deletes_queue_at_exit = True
 
     def delete_queue(self, pid: int) -> None:
         """Delete the reply queue of this program as it ends, unless RabbitMQ is down: then the queue expires.
@@ -104,5 +109,4 @@ class RPCBackend(ChordBackend):
             return
         away_or_closed = (AMQPError, OperationalError, OSError, RuntimeError)
         with contextlib.suppress(*away_or_closed), self.app.pool.acquire() as connection:
-            if connection.connected:
-                self.binding(connection.default_channel).delete()
+            self.binding(connection.default_channel).delete()

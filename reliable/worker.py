@@ -18,6 +18,7 @@ from reliable.delivery import Message
 from reliable.errors import describe_error
 from reliable.publishing import Task
 from reliable.refusing import RefusesMessages
+from reliable.settings import SETTINGS
 
 logger = get_logger(__name__)
 
@@ -51,6 +52,21 @@ class Consumer(AcknowledgesInGroups, RefusesMessages):
             self.amqheartbeat = 0  # It cannot answer while a task runs; RabbitMQ would close the connection
         if pool not in ("prefork", "gevent") and self.app.conf.task_time_limit:
             logger.warning("A %s pool has no time limits: a task that hangs is never stopped", pool)
+        self.warn_of_long_tasks()
+
+    def warn_of_long_tasks(self) -> None:
+        """Warn if RabbitMQ may deliver a task again while it still runs."""
+        longest = self.app.conf.task_time_limit or 0
+        for name, queue in self.app.amqp.queues.consume_from.items():
+            if longest > SETTINGS["task_time_limit"] and "x-consumer-timeout" not in (
+                queue.queue_arguments or {}
+            ):
+                logger.warning(
+                    "RabbitMQ delivers a task again after 30 minutes, and task_time_limit is %s s. "
+                    "For the queue %s, see the argument time_limit of work_queue()",
+                    longest,
+                    name,
+                )
 
     @property
     def max_prefetch_count(self) -> int:

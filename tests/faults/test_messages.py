@@ -166,9 +166,7 @@ def test_a_queue_that_refuses_is_an_error_for_its_caller(odd: Odd, session_node:
     session_node.control("set_policy", "-p", "odd", "full", "^priority$", '{"max-length": 0}')
     failed = odd.call("tasks.serve_customer.delay('Ada')")
     session_node.control("clear_policy", "-p", "odd", "full")
-    assert (
-        "OperationalError: RabbitMQ did not accept tasks.serve_customer: its queue is full" in failed.stderr
-    )
+    assert "QueueFullError: RabbitMQ did not accept tasks.serve_customer: its queue is full" in failed.stderr
 
 
 def test_a_payment_that_is_delivered_twice_is_made_once(odd: Odd) -> None:
@@ -320,9 +318,17 @@ def test_a_caller_forgets_the_results_that_it_never_asks_for(odd: Odd) -> None:
     assert odd.call(code).stdout == "forgotten\n"
 
 
-def test_a_caller_that_ends_leaves_no_queue(odd: Odd, session_node: Node) -> None:
+@pytest.mark.parametrize(
+    "code",
+    [
+        "odd.size.delay('x'); odd.size.apply_async(('x',), ignore_result=True)",
+        "tasks.app.publish_in_bulk(odd.size.s('x') for _ in range(3))",
+        "print(tasks.app.AsyncResult('no such id').state)",
+    ],
+)
+def test_a_caller_that_ends_leaves_no_queue(odd: Odd, session_node: Node, code: str) -> None:
     before = session_node.queues("messages", "odd")
-    odd.call("odd.size.delay('x'); odd.size.apply_async(('x',), ignore_result=True)").check_returncode()
+    odd.call(code).check_returncode()
     until(lambda: session_node.queues("messages", "odd").keys() == before.keys())
 
 

@@ -28,6 +28,11 @@ def test_a_long_task_runs_once_on_a_queue_with_a_longer_time_out(tmp_path: Path)
         assert worker.log.read_text().count("started\n") == 1
 
 
+def test_a_worker_warns_of_a_time_limit_that_rabbitmq_does_not_have(fresh: str, tmp_path: Path) -> None:
+    with Worker("tasks", fresh, tmp_path, "-c1", "task_time_limit=1800", **PATHS) as worker:
+        assert "delivers a task again after 30 minutes" in worker.log.read_text()
+
+
 def test_a_task_that_hangs_in_a_pool_without_time_limits_ends(tmp_path: Path) -> None:
     arguments = {"RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS": IMPATIENT}
     with Node(tmp_path, **arguments) as node:

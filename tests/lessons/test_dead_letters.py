@@ -11,7 +11,7 @@ from kombu import Connection, Exchange
 from programs import PATHS, celery, python, start_python, what_is_wrong
 
 from reliable.rabbitmq_node import Node
-from reliable.testing import Worker, depth, until
+from reliable.testing import Worker, depth, take, until
 
 PUBLISH_EXPIRED = (  # nobody consumes them
     "import sys, tasks\n"
@@ -68,6 +68,7 @@ def test_what_is_no_task_is_listed_without_its_control_characters(fresh: str) ->
     assert (first["task"], first["reason"], first["queue"]) == ("not a task", "published here", "")
     assert len(first["arguments"]) == 40
     assert (second["task"], second["id"]) == ("?[2Jred?", "?7")
+    assert len(listed(fresh, "--task", "not a task")) == 1
     # They have no queue to go back to
     replayed = dead_letters(fresh, "replay")
     assert (replayed.returncode, replayed.stdout) == (2, "0 published again\n")
@@ -124,10 +125,36 @@ def test_a_replay_to_a_full_queue_says_so(fresh: str, session_node: Node) -> Non
     assert depth(fresh, "dead-letters") == 20 - published
 
 
+def test_an_empty_id_is_refused(fresh: str) -> None:
+    # Given a script whose variable is not set
+    expire(fresh, 1)
+    for command in "replay", "discard":
+        refused = dead_letters(fresh, command, "")
+        # Then no letter is touched
+        assert "it is empty" in refused.stderr
+        assert refused.returncode == 2
+    assert depth(fresh, "dead-letters") == 1
+
+
+def test_a_replayed_task_may_be_retried_as_often_as_a_new_one(fresh: str) -> None:
+    # Given the dead letter of a task after its second retry
+    code = "import tasks; tasks.check_price.apply_async((1,), retries=2, expires=0.001)"
+    python("-c", code, CELERY_BROKER_URL=fresh).check_returncode()
+    until(lambda: depth(fresh, "dead-letters") == 1)
+    # When it is replayed
+    dead_letters(fresh, "replay").check_returncode()
+    # Then it is at its first attempt
+    (message,) = take(fresh, "default")
+    assert message.headers["retries"] == 0
+
+
 def test_letters_of_one_task_are_selected(fresh: str) -> None:
     expire(fresh, 2)
     assert listed(fresh, "--task", "tasks.add") == []
     assert len(listed(fresh, "--task", "tasks.check_price")) == 2
+    assert listed(fresh, "--reason", "rejected") == []
+    assert len(listed(fresh, "--reason", "expired")) == 2
+    assert dead_letters(fresh, "discard", "--yes", "--reason", "rejected").stdout == "0 deleted\n"
     assert dead_letters(fresh, "replay", "--task", "tasks.add").stdout == "0 published again\n"
 
 

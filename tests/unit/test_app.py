@@ -43,6 +43,17 @@ def test_an_app_without_a_broker_url_warns_of_nothing(
     assert not caplog.records
 
 
+def test_an_app_that_sets_a_transport_option_keeps_the_others() -> None:
+    app = Celery("one", set_as_current=False)
+    app.conf.update(broker_transport_options={"global_keyprefix": "shop", "read_timeout": 60})
+    options = app.connection_for_write().transport_options
+    assert (
+        options.items() >= {"confirm_publish": True, "read_timeout": 60, "global_keyprefix": "shop"}.items()
+    )
+    app.conf.broker_transport_options = {"confirm_publish": False}
+    assert not app.connection_for_write().transport_options["confirm_publish"]
+
+
 def test_two_apps_have_settings_and_tasks_of_their_own() -> None:
     one, other = (Celery(name, set_as_current=False) for name in ("one", "other"))
     one.conf.task_time_limit = 60

@@ -31,7 +31,12 @@ NEEDED: list[tuple[str, Any, tuple[str, ...]]] = [
     ("acknowledging", TaskPool, ("uses_semaphore",)),
     ("acknowledging", Hub(), ("on_close", "call_soon")),
     ("alive", StartStopStep, ("include_if", "requires")),
-    ("app", celery.Celery(set_as_current=False), ("_after_fork", "_backend_cache", "thread_oid", "on_init")),
+    (
+        "app",
+        celery.Celery(set_as_current=False),
+        ("_after_fork", "_backend_cache", "_connection", "thread_oid"),
+    ),
+    ("app", celery.Celery, ("on_init",)),
     ("app", AppLoader, ("override_backends",)),
     ("app", pools, ("connections", "producers")),
     ("bulk", AMQPConnection, ("blocking_read",)),
