@@ -34,7 +34,8 @@ RETRY = 1
 #: How long a chord may take, in seconds: then its queue expires. Its tasks may wait for longer than
 #: `result_expires`.
 EXPIRES = 7 * 24 * 60 * 60
-#: How many parts RabbitMQ sends before one is acknowledged. Without a number a quorum queue sends 2,000.
+#: How many tasks a chord may have: RabbitMQ sends so many parts at most before one is acknowledged. Without a
+#: number a quorum queue sends 2,000.
 MOST_PARTS = 65_535
 
 
@@ -83,10 +84,13 @@ class ChordBackend(FailingBackend):
         """Declare the queue of a chord before its tasks are published, and put their number into its body.
 
         Raises:
+            ValueError: it has more than 65,535 tasks.
             kombu.exceptions.OperationalError: RabbitMQ cannot be reached.
         """
         group_id, results = header_result_args
         body["chord_size"] = count_tasks(results)
+        if body["chord_size"] > MOST_PARTS:
+            raise ValueError(f"a chord has {MOST_PARTS:,} tasks at most")
         if any(isinstance(result, GroupResult) for result in results):  # A chain that ends in a group
             body["shape"] = ids(results)
         with self.app.amqp.producer_pool.acquire(block=True) as producer:

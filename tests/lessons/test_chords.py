@@ -182,6 +182,11 @@ def test_a_chord_in_a_cluster_may_have_thousands_of_tasks(fresh: str, tmp_path: 
     assert finished.stdout == "2100\n", finished.stderr
 
 
+def test_a_chord_of_too_many_tasks_is_an_error_for_its_caller(shop: Any) -> None:
+    with pytest.raises(ValueError, match="65,535 tasks at most"):
+        chord(70_000 * [shop.add.s(1, 0)], shop.total.s()).delay()
+
+
 def test_a_body_whose_queue_is_full_fails(fresh: str, session_node: Node, tmp_path: Path) -> None:
     # Given a queue `priority` that nobody consumes from, with as many messages as it may have
     host = fresh.rpartition("/")[2]
