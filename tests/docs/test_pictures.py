@@ -12,6 +12,7 @@ from rich._export_format import CONSOLE_SVG_FORMAT
 from rich.console import Console
 from rich.panel import Panel
 from rich.table import Table
+from rich.text import Text
 
 from reliable.testing import Worker
 
@@ -129,12 +130,12 @@ def test_two_terminals_show_a_crash(fresh: str, tmp_path: Path, picture: Callabl
     terminals = Table.grid(expand=True)
     terminals.add_row(
         Panel(
-            log.strip().replace("test@localhost", "celery@shop"),
+            Text(log.strip().replace("test@localhost", "celery@shop")),
             title="celery -A tasks worker --concurrency 8 --loglevel info",
             width=80,
         ),
         Panel(
-            printed.split("\n\n")[1].replace("test@localhost", "celery@shop"),
+            Text(printed.split("\n\n")[1].replace("test@localhost", "celery@shop")),
             title="python run_tasks.py crash",
         ),
     )
