@@ -100,11 +100,13 @@ class Celery(celery.Celery):
             amqp.PreconditionFailed: the message is larger than RabbitMQ's max_message_size.
         """
         publishing.prepare(self, name, options)
-        # A worker has declared the topology. A given producer has its own way to report errors.
+        # A worker has declared the topology
         if not self.current_worker_task:
             self.declare_topology_once()
-        explained = contextlib.nullcontext() if options.get("producer") else publishing.explained(name)
-        with explained:
+        in_bulk = isinstance(
+            options.get("producer"), bulk.BulkProducer
+        )  # It has its own way to report errors
+        with contextlib.nullcontext() if in_bulk else publishing.explained(name):
             return super().send_task(name, args, kwargs, **options)
 
     def publish_in_bulk(self, signatures: Iterable[Any], window: int = bulk.WINDOW) -> int:

@@ -50,6 +50,14 @@ class Program(Executor):
         super().__init__(command, **options)
         self.output_file = output
 
+    @property
+    def envvars(self) -> dict[str, str]:
+        """Return the given environment, with mirakuru's mark. By default it adds what `os.environ` has."""
+        marked = super().envvars
+        if not self._envvars:
+            return marked
+        return {name: marked[name] for name in marked if name in self._envvars or name not in os.environ}
+
     def pre_start_check(self) -> bool:
         """Return that no other program is in the way."""
         return False

@@ -164,9 +164,14 @@ def test_a_task_that_comes_too_late_is_an_error_for_its_caller(odd: Odd) -> None
 def test_a_queue_that_refuses_is_an_error_for_its_caller(odd: Odd, session_node: Node) -> None:
     # Given a queue that takes no message at all
     session_node.control("set_policy", "-p", "odd", "full", "^priority$", '{"max-length": 0}')
-    failed = odd.call("tasks.serve_customer.delay('Ada')")
+    failed = [
+        odd.call("tasks.serve_customer.delay('Ada')"),
+        odd.call("import celery; celery.group([tasks.serve_customer.s('Ada')]).delay()"),
+    ]
     session_node.control("clear_policy", "-p", "odd", "full")
-    assert "QueueFullError: RabbitMQ did not accept tasks.serve_customer: its queue is full" in failed.stderr
+    for program in failed:
+        what = "QueueFullError: RabbitMQ did not accept tasks.serve_customer: its queue is full"
+        assert what in program.stderr
 
 
 def test_a_payment_that_is_delivered_twice_is_made_once(odd: Odd) -> None:

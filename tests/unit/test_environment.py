@@ -9,6 +9,7 @@ import pytest
 from programs import PROJECT
 
 from reliable.rabbitmq_node import clean_environment
+from reliable.testing import Worker
 
 
 def python_in(folder: Path, code: str, **variables: str) -> "subprocess.CompletedProcess[str]":
@@ -27,6 +28,18 @@ def python_in(folder: Path, code: str, **variables: str) -> "subprocess.Complete
 
 
 READ_SETTINGS = "import tasks; tasks.app.conf.task_acks_late"
+
+
+def test_a_worker_of_a_test_has_none_of_the_variables_of_the_project(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("CELERY_BROKER", "amqp://elsewhere//")  # Celery takes it for the option --broker
+    variables = Worker("tasks", "amqp://here//", tmp_path).envvars
+    assert variables["CELERY_BROKER_URL"] == "amqp://here//"
+    assert "CELERY_BROKER" not in variables
+    assert "PATH" in variables
+
+
 PRINT_URL = "import celeryconfig; print(celeryconfig.broker_url)"
 
 
