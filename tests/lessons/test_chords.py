@@ -142,13 +142,18 @@ def test_a_task_that_a_worker_refuses_fails_its_chord(shop: Any, rabbitmq: str) 
     take(rabbitmq, "dead-letters")
 
 
-def test_a_chord_may_wait_longer_than_results_are_kept(shop: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    # Given results that expire after a second
-    monkeypatch.setattr(shop.app.backend, "expires", 1)
+def test_a_chord_may_wait_longer_than_results_are_kept(rabbitmq: str) -> None:
+    # Given a program whose results expire after a second
+    program = (
+        "from celery import chord\nfrom tasks import add, app, total\n"
+        "app.conf.result_expires = 1\n"
+        "late = add.s(2, 0).set(countdown=4)\n"
+        "print(chord([add.s(1, 0), late], total.s())().get(timeout=60))"
+    )
     # When the second task of a chord runs later
-    result = chord([*numbers(shop, 1), shop.add.s(2, 0).set(countdown=4)], shop.total.s()).delay()
+    finished = python("-c", program, CELERY_BROKER_URL=rabbitmq)
     # Then its body is called
-    assert result.get(timeout=20) == 3
+    assert finished.stdout == "3\n", finished.stderr
 
 
 def test_no_chord_is_lost_with_the_task_that_held_its_parts(shop: Any, rabbitmq: str) -> None:
