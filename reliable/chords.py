@@ -34,6 +34,9 @@ RETRY = 1
 #: How long a chord may take, in seconds: then its queue expires. Its tasks may wait for longer than
 #: `result_expires`.
 EXPIRES = 7 * 24 * 60 * 60
+#: How long a task waits for another one that has the parts, in seconds. RabbitMQ 3.10 sometimes keeps the
+#: consumer of a node that has died and is back, with its messages.
+PATIENCE = 5 * 60
 #: How many tasks a chord may have: RabbitMQ sends so many parts at most before one is acknowledged. Without a
 #: number a quorum queue sends 2,000.
 MOST_PARTS = 65_535
@@ -127,9 +130,20 @@ class ChordBackend(FailingBackend):
         with self.app.amqp.producer_pool.acquire(block=True) as producer:
             publish = {"retry": True, "retry_policy": self.retry_policy, "serializer": self.serializer}
             producer.publish(part, routing_key=queue.name, delivery_mode=2, **publish)
+            deadline = time.monotonic() + PATIENCE
             with contextlib.suppress(NotFound):  # The chord is complete
                 while self.may_be_complete(producer.connection, queue, size):
-                    self.complete(queue, size, body, shape)
+                    if time.monotonic() > deadline:
+                        self.give_up(queue(producer.channel), body)
+                    else:
+                        self.complete(queue, size, body, shape)
+
+    def give_up(self, queue: Queue, body: Any) -> None:
+        """Fail a chord whose parts somebody holds and does not use. Otherwise its tasks wait forever."""
+        error = ChordError("RabbitMQ does not give back the parts of the chord")
+        logger.critical("%s %s", error, queue.name)
+        self.fail(maybe_signature(body, app=self.app), error)
+        queue.delete()
 
     def may_be_complete(self, connection: Connection, queue: Queue, size: int) -> bool:
         """Return whether all parts of a chord are in its queue, or may be with a task that takes them.

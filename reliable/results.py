@@ -20,6 +20,9 @@ from kombu.exceptions import OperationalError
 from reliable.chords import ChordBackend
 from reliable.result_consumer import ResultConsumer
 
+#: How often to look again for the state of a task, a second later each time, when RabbitMQ reports an error.
+ATTEMPTS = 5
+
 
 class RPCBackend(ChordBackend):
     """Results as messages in a reply queue of the program that calls, one for all of its threads."""
@@ -71,7 +74,15 @@ class RPCBackend(ChordBackend):
                     while time.monotonic() < deadline:
                         self.result_consumer.drain_events(timeout=0.01)
             self.delete_queue_at_exit()  # Celery declares the queue to look into it
-            return super().get_task_meta(task_id, backlog_limit)
+            return self.look_up(task_id, backlog_limit)
+
+    def look_up(self, task_id: str, backlog_limit: int) -> Any:
+        """Look into the reply queue. Try again while a cluster elects a leader, which takes some seconds."""
+        for _ in range(ATTEMPTS):
+            with contextlib.suppress(AMQPError, OperationalError, OSError):
+                return super().get_task_meta(task_id, backlog_limit)
+            time.sleep(1)
+        return super().get_task_meta(task_id, backlog_limit)
 
     def on_task_call(self, producer: Producer, task_id: str) -> None:
         """Declare the reply queue before the first call, and again after a lost connection.

@@ -404,6 +404,8 @@ def test_no_chord_is_lost_when_rabbitmq_is_killed(node: Node, tmp_path: Path) ->
 
 
 def test_no_chord_is_lost_in_a_cluster_when_leaders_are_killed(cluster: list[Node], tmp_path: Path) -> None:
+    if cluster[0].control("-q", "version").startswith("3."):
+        pytest.skip("RabbitMQ 3.10 sometimes keeps the consumer of a node that has died and is back")
     shop = ShopWithChords(";".join(node.url for node in cluster), tmp_path)
     break_under_load(leaders_are_killed, shop, cluster, pace=0.3)
 

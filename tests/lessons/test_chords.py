@@ -83,6 +83,27 @@ def test_results_may_be_large(shop: Any) -> None:
     assert [len(counted) for counted in counts] == [10_000] * 10  # 120 kB each
 
 
+def test_a_chord_whose_parts_are_never_given_back_fails(fresh: str, tmp_path: Path) -> None:
+    # Given a worker of little patience, and a chord of two tasks. Somebody takes the first part, and keeps it
+    program = (
+        "from celery import chord\nfrom kombu import Connection\nfrom reliable.testing import depth, until\n"
+        "from tasks import add, app, total\n"
+        "late = add.s(2, 0).set(countdown=4)\n"
+        "result = chord([add.s(1, 0), late], total.s())()\n"
+        "queue = f'chord-{result.parent.id}'\n"
+        "until(lambda: depth(app.conf.broker_url, queue) == 1)\n"
+        "with Connection(app.conf.broker_url) as connection:\n"
+        "    connection.default_channel.basic_consume(queue)\n"
+        "    print(repr(result.get(timeout=60, propagate=False)))"
+    )
+    with Worker("tasks", fresh, tmp_path, "-c1", "--include", "apps.impatient", **PATHS):
+        finished = python("-c", program, CELERY_BROKER_URL=fresh)
+    # Then the second task does not wait forever, and the caller is told
+    assert finished.stdout == "ChordError('RabbitMQ does not give back the parts of the chord')\n", (
+        finished.stderr
+    )
+
+
 def test_a_body_that_is_too_large_fails(shop: Any) -> None:
     # Given ten results of two megabytes each, together more than RabbitMQ takes in a message
     accumulate = shop.app.tasks["celery.accumulate"]

@@ -1,0 +1,5 @@
+"""Lets a worker wait no longer than three seconds for the parts of a chord."""
+
+from reliable import chords
+
+chords.PATIENCE = 3
