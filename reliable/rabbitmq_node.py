@@ -76,11 +76,9 @@ class Program(Executor):
 class Node(Program):
     """A RabbitMQ node on free ports of the loopback interface, with its data in a folder of its own."""
 
-    def __init__(
-        self, folder: Path, plugins: str = "[].", name: str = "rabbit@localhost", **variables: str
-    ) -> None:
+    def __init__(self, folder: Path, plugins: str = "[].", name: str | None = None, **variables: str) -> None:
         self.port, self.ui_port, self.metrics_port, distribution, epmd = (free_port() for _ in range(5))
-        self.name = name
+        self.name = name or f"rabbit-{self.port}@localhost"
         self.url = f"amqp://guest:guest@127.0.0.1:{self.port}//"
         (folder / "plugins").write_text(plugins)
         self.configuration = folder / "rabbitmq.conf"

@@ -79,7 +79,7 @@ class RPCBackend(ChordBackend):
     def look_up(self, task_id: str, backlog_limit: int) -> Any:
         """Look into the reply queue. Try again while a cluster elects a leader, which takes some seconds."""
         for _ in range(ATTEMPTS):
-            with contextlib.suppress(AMQPError, OperationalError, OSError):
+            with contextlib.suppress(AMQPError, OSError):
                 return super().get_task_meta(task_id, backlog_limit)
             time.sleep(1)
         return super().get_task_meta(task_id, backlog_limit)
