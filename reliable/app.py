@@ -103,9 +103,8 @@ class Celery(celery.Celery):
         # A worker has declared the topology
         if not self.current_worker_task:
             self.declare_topology_once()
-        in_bulk = isinstance(
-            options.get("producer"), bulk.BulkProducer
-        )  # It has its own way to report errors
+        # A producer of `publish_in_bulk` has its own way to report errors
+        in_bulk = isinstance(options.get("producer"), bulk.BulkProducer)
         with contextlib.nullcontext() if in_bulk else publishing.explained(name):
             return super().send_task(name, args, kwargs, **options)
 

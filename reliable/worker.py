@@ -57,10 +57,10 @@ class Consumer(AcknowledgesInGroups, RefusesMessages):
     def warn_of_long_tasks(self) -> None:
         """Warn if RabbitMQ may deliver a task again while it still runs."""
         longest = self.app.conf.task_time_limit or 0
+        if longest <= SETTINGS["task_time_limit"]:
+            return
         for name, queue in self.app.amqp.queues.consume_from.items():
-            if longest > SETTINGS["task_time_limit"] and "x-consumer-timeout" not in (
-                queue.queue_arguments or {}
-            ):
+            if "x-consumer-timeout" not in (queue.queue_arguments or {}):
                 logger.warning(
                     "RabbitMQ delivers a task again after 30 minutes, and task_time_limit is %s s. "
                     "For the queue %s, see the argument time_limit of work_queue()",

@@ -28,6 +28,7 @@ def python_in(folder: Path, code: str, **variables: str) -> "subprocess.Complete
 
 
 READ_SETTINGS = "import tasks; tasks.app.conf.task_acks_late"
+PRINT_URL = "import celeryconfig; print(celeryconfig.broker_url)"
 
 
 def test_a_worker_of_a_test_has_none_of_the_variables_of_the_project(
@@ -38,9 +39,6 @@ def test_a_worker_of_a_test_has_none_of_the_variables_of_the_project(
     assert variables["CELERY_BROKER_URL"] == "amqp://here//"
     assert "CELERY_BROKER" not in variables
     assert "PATH" in variables
-
-
-PRINT_URL = "import celeryconfig; print(celeryconfig.broker_url)"
 
 
 def test_by_default_rabbitmq_is_on_this_machine(tmp_path: Path) -> None:
