@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import secrets
 import shutil
 import socket
 import subprocess
@@ -26,10 +27,15 @@ def clean_environment(**variables: str) -> dict[str, str]:
 
 
 def free_port() -> int:
-    """Return a port of the loopback interface that nothing listens on."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
+    """Return a port of the loopback interface that nothing listens on.
+
+    It is below the ports that the system gives to clients. Such a port could be taken before it is used.
+    """
+    while True:
+        port = secrets.choice(range(10_000, 32_768))  # Whatever seed the tests have
+        with contextlib.suppress(OSError), socket.socket() as free:
+            free.bind(("127.0.0.1", port))
+            return port
 
 
 def rabbitmq_program(name: str) -> str:
@@ -59,7 +65,7 @@ class Program(Executor):
         return {name: marked[name] for name in marked if name in self._envvars or name not in os.environ}
 
     def pre_start_check(self) -> bool:
-        """Return that no other program is in the way."""
+        """Return False: no other program is in the way."""
         return False
 
     def start(self) -> Self:
@@ -126,7 +132,7 @@ class Node(Program):
     def control(self, *arguments: str) -> str:
         """Run rabbitmqctl, and return what it prints. Raises AssertionError with its errors."""
         command = [rabbitmq_program("rabbitmqctl"), *arguments]
-        # On a busy machine it may take longer to connect than Erlang's seven seconds, as may the node
+        # On a busy machine rabbitmqctl, like the node, may need more than Erlang's seven seconds to connect
         environment = self.environment | {"RABBITMQ_CTL_ERL_ARGS": "-kernel net_setuptime 60"}
         for _ in range(3):
             finished = subprocess.run(
@@ -155,7 +161,7 @@ class Node(Program):
 
 @contextlib.contextmanager
 def run_cluster(folder: Path, plugins: str = "[].") -> Iterator[list[Node]]:
-    """Run three nodes that form a cluster."""
+    """Run three nodes that form a cluster. Raises AssertionError if they do not."""
     shared = {"HOME": str(folder), "ERL_EPMD_PORT": str(free_port())}  # The cookie is in HOME
     nodes = []
     for number in range(3):
@@ -168,9 +174,13 @@ def run_cluster(folder: Path, plugins: str = "[].") -> Iterator[list[Node]]:
         f"cluster_formation.classic_config.nodes.{number} = {node.name}\n"
         for number, node in enumerate(nodes)
     )
-    for node in nodes:
+    for node in nodes[1:]:
         node.configuration.write_text(node.configuration.read_text() + formation)
     with ThreadPoolExecutor() as pool, contextlib.ExitStack() as running:
-        for started in pool.map(Node.start, nodes):
-            running.callback(started.kill)  # In good order, the last ones would wait for the others
+        for node in nodes:
+            running.callback(node.kill)  # In a clean stop, the last ones would wait for the others
+        nodes[0].start()  # If all looked for one another on a busy machine, one might stay alone
+        list(pool.map(Node.start, nodes[1:]))
+        status = json.loads(nodes[0].control("-q", "cluster_status", "--formatter", "json"))
+        assert len(status["running_nodes"]) == len(nodes), status
         yield nodes
