@@ -37,7 +37,7 @@ from reliable.own_worker import own_worker
 from tasks import app
 
 TIMEOUT = 30  # How long a lesson waits for one answer, in seconds
-MESSAGE_SIZE = 16_000  # How long a text in a message is, in characters, up to the end of the line
+MESSAGE_SIZE = 16_000  # In characters; a text in a message then goes on to the end of its line
 BROKER_ERRORS = (OperationalError, AMQPError, OSError, NoAnswer)
 Rows = list[dict[str, Any]]
 
@@ -132,7 +132,7 @@ def parallel(run: Run) -> str:
     collect([email.delay() for email in emails])
     at_once = time.perf_counter() - started - in_turn
     times = in_turn / at_once
-    expect(times > 1.3 or run.processes == 1, "them to take less time at once", f"{times:.1f} times as fast")
+    expect(times > 1.3 or run.processes == 1, "less time at once", f"{times:.1f} times as fast")
     return f"8 e-mails: {in_turn:.1f} s one after another, {at_once:.1f} s at once, {times:.1f} times as fast"
 
 
@@ -160,9 +160,9 @@ def schedule(run: Run) -> Rows:
     expired = tasks.remind.apply_async(("Ada",), countdown=2, expires=1)
     ran = [at - started for at in collect([countdown, eta])]
     late = [ran[0] - 1, ran[1] - 2]
-    expect(all(0 <= seconds < 1.5 for seconds in late), "both on time", f"{late} s late")
+    expect(all(0 <= seconds < 1.5 for seconds in late), "both tasks to be on time", f"{late} s late")
     never = error_of(expired)
-    expect(never["message"] == "expired", "the third to expire", never)
+    expect(never["message"] == "expired", "the third task to expire", never)
     return [
         {"asked for": "countdown=1", "ran": f"after {ran[0]:.2f} s"},
         {"asked for": "eta=now + 2 s", "ran": f"after {ran[1]:.2f} s"},
@@ -413,7 +413,7 @@ Examples:
 
 @click.command(epilog=EXAMPLES)
 @click.argument("names", nargs=-1, metavar="[LESSON]...", type=click.Choice(list(LESSONS)))
-@click.option("--path", "paths", multiple=True, type=PATH, help="A file or folder for the lesson words.")
+@click.option("--path", "paths", multiple=True, type=PATH, help="A file or folder for the lesson 'words'.")
 @click.option("--list", "as_list", is_flag=True, help="List the lessons.")
 @click.option("--embedded", is_flag=True, help="Run without RabbitMQ, inside this process.")
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON object for each lesson.")

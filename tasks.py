@@ -54,7 +54,7 @@ def add_tax(cents: int, percent: int = 20) -> int:
 
 @app.task
 def total(amounts: list[int]) -> int:
-    """Sum up amounts in cents."""
+    """Add up amounts in cents."""
     return sum(amounts)
 
 
@@ -67,7 +67,7 @@ def receipt(cents: int) -> str:
 # --- Progress: the customer watches the parcel being packed -------------------------------------
 @app.task(bind=True)
 def pack_order(self: Task, items: int, seconds: float = 0.1) -> int:
-    """Pack items, simulated by sleeping for so many seconds each, and report the progress."""
+    """Pack items, simulated by sleeping for `seconds` each, and report the progress."""
     for packed in range(1, items + 1):
         time.sleep(seconds)
         self.update_state(state="PROGRESS", meta={"packed": packed, "items": items})
@@ -104,7 +104,7 @@ BOOKS = Path(tempfile.gettempdir(), f"simulated-gateway-{getattr(os, 'getuid', i
 
 
 def charge_once(order: str) -> bool:
-    """Charge an order, and return whether it was not charged before."""
+    """Charge an order once, and return whether this call charged it."""
     with contextlib.closing(sqlite3.connect(BOOKS)) as books, books:
         books.execute("CREATE TABLE IF NOT EXISTS charges (order_number PRIMARY KEY)")
         return books.execute("INSERT OR IGNORE INTO charges VALUES (?)", (order,)).rowcount == 1

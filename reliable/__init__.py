@@ -4,7 +4,7 @@
 
     app = Celery("work")
 
-The way of a task, and the module to read at each step:
+The path of a task, and the module to read at each step:
 
     settings         Celery's own settings that are safe by default
     environment      where RabbitMQ is: the environment and `.env`
@@ -19,14 +19,14 @@ The way of a task, and the module to read at each step:
     results          the result goes back to the caller
     chords           the results of a chord wait for its body
     failing          a failure fails what was to come after it
-    result_consumer  the caller receives it
+    result_consumer  the caller receives the result
     aio              a coroutine waits for it
     dead_letters     a task that failed is kept
     commands         `celery dead-letters` lists these tasks, and runs them again
 
 `app` puts these together, with `remote_control`. `errors` describes in two lines what is wrong. `local` finds
-RabbitMQ and workers, or starts what is missing; `own_worker` ends with its program. `testing` and
-`rabbitmq_node` start workers and RabbitMQ for tests.
+RabbitMQ and workers, or starts what is missing; `own_worker` runs a worker that ends with its program.
+`testing` and `rabbitmq_node` start workers and RabbitMQ for tests.
 """
 
 from reliable.app import Celery

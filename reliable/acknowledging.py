@@ -1,4 +1,4 @@
-"""Acknowledgements in groups, since RabbitMQ writes a group to disk at once.
+"""Acknowledgements in groups, since RabbitMQ writes a group to disk in one go.
 
 It matters with a prefetch multiplier of 4 or more. `benchmarks/benchmark.py` measures the gain.
 """
@@ -46,6 +46,6 @@ class AcknowledgesInGroups(Consumer):
 
     def register_with_event_loop(self, hub: Any) -> None:
         """Start with a new connection. What is held when the event loop ends is sent."""
-        self.held_acks.clear()  # They belong to the connection before
+        self.held_acks.clear()  # They belong to the previous connection
         hub.on_close.add(self.send_held_acks)
         super().register_with_event_loop(hub)

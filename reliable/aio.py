@@ -43,7 +43,7 @@ class Receiver:
                 self.consumer.drain_events(TURN)
             except TimeoutError:
                 pass
-            except Exception:  # In a callback of another thread; the coroutines would wait forever
+            except Exception:  # A callback of another thread failed. Otherwise the coroutines wait forever
                 logger.exception("A callback of a result failed")
 
 

@@ -32,7 +32,7 @@ class Alive(bootsteps.StartStopStep):
         return bool(self.file)
 
     def start(self, c: Any) -> None:
-        """Touch the file now and then, with each new connection."""
+        """Touch the file now, and every INTERVAL seconds. Called for each new connection."""
         c.call_soon(self.touch, c)
         self.timer = c.timer.call_repeatedly(INTERVAL, c.call_soon, (self.touch, c))
 

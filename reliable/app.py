@@ -53,12 +53,12 @@ class Celery(celery.Celery):
     topology_is_declared = False
 
     def on_init(self) -> None:
-        """Prepare to add the settings of this package, for a fork, and add an option to `celery worker`."""
+        """Add the settings of this package and an option of `celery worker`, and prepare for a fork."""
         self.on_after_configure.connect(add_settings)
         if hasattr(os, "register_at_fork"):  # Not on Windows
             reference = weakref.ref(self)
             os.register_at_fork(after_in_child=lambda: start_anew(reference()))
-        alive_file = click.Option(["--alive-file"], help="Touch this file now and then while consuming.")
+        alive_file = click.Option(["--alive-file"], help="Touch this file every 5 seconds while consuming.")
         self.user_options["worker"].add(alive_file)  # See `reliable/alive.py`
 
     @property

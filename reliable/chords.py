@@ -2,8 +2,8 @@
 
 The parts of a chord, which are the results of its tasks, wait in a queue of the chord. Each task adds its
 part before its message is acknowledged. The task that finds all parts there takes them, calls the body, and
-deletes the queue. If its worker dies in between, RabbitMQ has the parts again, and delivers that task again.
-So a body is called once, or again after a crash.
+deletes the queue. If its worker dies in between, RabbitMQ requeues the parts, and redelivers that task. So a
+body is called once, or again after a crash.
 
 https://docs.celeryq.dev/en/stable/userguide/canvas.html#chords
 """
@@ -36,9 +36,9 @@ RETRY = 1
 EXPIRES = 7 * 24 * 60 * 60
 #: How long a task waits for another one that has the parts, in seconds. RabbitMQ 3.10 sometimes keeps the
 #: consumer of a node that has died and is back, with its messages.
-PATIENCE = 5 * 60
-#: How many tasks a chord may have: RabbitMQ sends so many parts at most before one is acknowledged. Without a
-#: number a quorum queue sends 2,000.
+PARTS_TIMEOUT = 5 * 60
+#: How many tasks a chord may have: RabbitMQ sends at most this many parts before one is acknowledged. Without
+#: this limit a quorum queue sends 2,000.
 MOST_PARTS = 65_535
 
 
@@ -68,8 +68,8 @@ class ChordBackend(FailingBackend):
     ) -> Queue:
         """Describe a queue that expires when it is not used.
 
-        It is bound to an exchange, though nobody publishes to it there. RabbitMQ without Khepri has a new
-        queue on disk for certain only after the next change of this kind. When it was killed less than two
+        It is bound to an exchange, though nobody publishes to it there. Without Khepri, RabbitMQ is certain
+        to have a new queue on disk only after the next change of this kind. When it was killed less than two
         seconds after it had declared a queue, the queue and its messages were gone in 3 of 30 runs.
         """
         arguments = topology.temporary(self.app) | (arguments or {})
@@ -93,7 +93,7 @@ class ChordBackend(FailingBackend):
         group_id, results = header_result_args
         body["chord_size"] = count_tasks(results)
         if body["chord_size"] > MOST_PARTS:
-            raise ValueError(f"a chord has {MOST_PARTS:,} tasks at most")
+            raise ValueError(f"a chord has at most {MOST_PARTS:,} tasks, got {body['chord_size']:,}")
         if any(isinstance(result, GroupResult) for result in results):  # A chain that ends in a group
             body["shape"] = ids(results)
         with self.app.amqp.producer_pool.acquire(block=True) as producer:
@@ -105,7 +105,7 @@ class ChordBackend(FailingBackend):
 
         Raises:
             kombu.exceptions.OperationalError, amqp.AMQPError, OSError: RabbitMQ cannot be reached.
-                Raised only in the main process of a worker, which has other tasks to care for.
+                Raised only in the main process of a worker, which has other work to do.
         """
         while True:
             try:
@@ -130,7 +130,7 @@ class ChordBackend(FailingBackend):
         with self.app.amqp.producer_pool.acquire(block=True) as producer:
             publish = {"retry": True, "retry_policy": self.retry_policy, "serializer": self.serializer}
             producer.publish(part, routing_key=queue.name, delivery_mode=2, **publish)
-            deadline = time.monotonic() + PATIENCE
+            deadline = time.monotonic() + PARTS_TIMEOUT
             with contextlib.suppress(NotFound):  # The chord is complete
                 while self.may_be_complete(producer.connection, queue, size):
                     if time.monotonic() > deadline:
@@ -140,7 +140,7 @@ class ChordBackend(FailingBackend):
 
     def give_up(self, queue: Queue, body: Any) -> None:
         """Fail a chord whose parts somebody holds and does not use. Otherwise its tasks wait forever."""
-        error = ChordError("RabbitMQ does not give back the parts of the chord")
+        error = ChordError("RabbitMQ does not redeliver the parts of the chord")
         logger.critical("%s %s", error, queue.name)
         self.fail(maybe_signature(body, app=self.app), error)
         queue.delete()
@@ -161,7 +161,7 @@ class ChordBackend(FailingBackend):
         """Take the parts of a chord. If none is missing, call the body, and delete the queue.
 
         If one is missing, another task takes the parts, or a task has run twice. Then its second part is
-        dropped, and the others are put back.
+        dropped, and the others are requeued.
         """
         parts: dict[str, dict[str, Any]] = {}
 

@@ -23,7 +23,7 @@ def select(
 ) -> Iterator[DeadLetter]:
     """Yield the letters of this task and reason whose id starts with one of these. Without ids, yield all.
 
-    The program exits in the end if there is no letter for one of the ids.
+    The program exits at the end if there is no dead letter for one of the ids.
     """
     missing = set(ids)
     for letter in letters:
@@ -45,7 +45,7 @@ def dead_letters() -> None:
     """List the tasks that failed, run them again, or discard them."""
 
 
-def refuse_nothing(
+def refuse_empty_id(
     _context: click.Context, _parameter: click.Parameter, ids: tuple[str, ...]
 ) -> tuple[str, ...]:
     """Refuse an empty id, such as a variable that is not set: every id starts with it."""
@@ -54,11 +54,11 @@ def refuse_nothing(
     return ids
 
 
-one_task = click.option("--task", metavar="NAME", help="Only letters of this task, or of 'not a task'.")
-one_reason = click.option(
-    "--reason", help="Only letters with this reason: rejected, expired, delivery_limit …"
+one_task = click.option(
+    "--task", metavar="NAME", help="Only those of this task; 'not a task' for other messages."
 )
-some_ids = click.argument("ids", nargs=-1, metavar="[ID]...", callback=refuse_nothing)
+one_reason = click.option("--reason", help="Only those with this reason: rejected, expired, delivery_limit …")
+some_ids = click.argument("ids", nargs=-1, metavar="[ID]...", callback=refuse_empty_id)
 
 
 @contextlib.contextmanager
@@ -83,7 +83,7 @@ def dead_letter_queue(context: click.Context) -> Iterator[tuple[celery.Celery, A
 @dead_letters.command("list")
 @one_task
 @one_reason
-@click.option("--json", "as_json", is_flag=True, help="Print a JSON object for each letter.")
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON object for each dead letter.")
 @click.pass_context
 def list_letters(context: click.Context, task: str | None, reason: str | None, as_json: bool) -> None:
     """List the dead letters: which task, RabbitMQ's reason, how often, and how long since the last time."""
@@ -99,7 +99,7 @@ def list_letters(context: click.Context, task: str | None, reason: str | None, a
 @click.argument("id_", metavar="ID")
 @click.pass_context
 def show(context: click.Context, id_: str) -> None:
-    """Show a whole letter as JSON: headers, arguments, and what RabbitMQ notes of its deaths.
+    """Show a whole dead letter as JSON: headers, arguments, and what RabbitMQ notes of its deaths.
 
     The error is in the log of the worker.
     """
@@ -114,7 +114,10 @@ def show(context: click.Context, id_: str) -> None:
 @one_reason
 @click.pass_context
 def replay(context: click.Context, ids: tuple[str, ...], task: str | None, reason: str | None) -> None:
-    """Run all tasks again, or those whose ID starts like this. Each goes back to the queue it came from."""
+    """Run all dead letters again, or only the given ones. The first characters of an ID are enough.
+
+    Each goes back to the queue that it came from.
+    """
     published, stuck = 0, []
     try:
         with dead_letter_queue(context) as (app, channel):
@@ -140,7 +143,10 @@ def replay(context: click.Context, ids: tuple[str, ...], task: str | None, reaso
 def discard(
     context: click.Context, ids: tuple[str, ...], task: str | None, reason: str | None, yes: bool
 ) -> None:
-    """Delete all dead letters for good, or those whose ID starts like this. It asks first."""
+    """Delete all dead letters for good, or only the given ones. The first characters of an ID are enough.
+
+    It asks first.
+    """
     what = f"the dead letters whose ID starts with {' or '.join(ids)}" if ids else "all dead letters"
     what += f" of {task}" if task else ""
     what += f" with the reason {reason}" if reason else ""

@@ -73,7 +73,7 @@ class DeadLetter:
         }
 
     def everything(self) -> dict[str, Any]:
-        """Return the whole letter: its headers with the deaths, its properties and its body."""
+        """Return the whole dead letter: its headers with the deaths, its properties and its body."""
         body: Any = self.message.body
         try:
             if compression := self.headers.get("compression"):
@@ -91,7 +91,7 @@ class DeadLetter:
         }
 
     def replay(self) -> None:
-        """Publish the task to the queue that it came from; RabbitMQ confirms it before the letter is deleted.
+        """Publish the task to the queue that it came from; RabbitMQ confirms it, and then it is deleted.
 
         Raises:
             Stuck: its queue does not exist anymore, or is full.
@@ -115,7 +115,7 @@ class DeadLetter:
         self.delete()
 
     def delete(self) -> None:
-        """Delete the letter from RabbitMQ."""
+        """Delete the dead letter from RabbitMQ."""
         self.message.channel.basic_ack(self.message.delivery_tag)
 
 
@@ -126,7 +126,7 @@ def shorten(text: object, width: int) -> str:
 
 
 def read(app: celery.Celery, channel: Any, label: str = "") -> Iterator[DeadLetter]:
-    """Yield the dead letters that are there by now. One that is not deleted stays in RabbitMQ.
+    """Yield the dead letters that are there now. One that is not deleted stays in RabbitMQ.
 
     With a label, a progress bar is shown on a terminal.
     """

@@ -94,7 +94,7 @@ class Request(CeleryRequest):
         # RabbitMQ would close the connection of a worker that does not acknowledge it.
         latest = datetime.now(timezone.utc) + timedelta(seconds=LATEST_ETA)
         if self.eta and self.eta > latest and isinstance(message, Message):
-            raise InvalidTaskError("the eta is far away, and it did not come through the delay queues")
+            raise InvalidTaskError("the eta is far away, and the task did not come through the delay queues")
 
     def on_failure(self, exc_info: Any, send_failed_event: bool = True, return_ok: bool = False) -> None:
         """Keep a task that ran out of memory as a dead letter. Celery would end the whole worker."""
@@ -113,7 +113,7 @@ class Request(CeleryRequest):
             pass
         except self.connection_errors:
             raise
-        except Exception:  # Odd parts of the message; the worker process would never be free again
+        except Exception:  # Odd parts of the message. Otherwise the worker process is never free again
             logger.exception("Handling the failure of a task failed as well")
             self.reject(requeue=False)
 
@@ -139,7 +139,7 @@ class Request(CeleryRequest):
     def cancel(self, pool: Any, signal: Any = None, emit_retry: bool = False) -> None:
         """Stop a task whose connection is lost. RabbitMQ delivers it again.
 
-        Celery would first report a retry to its caller, which it cannot while RabbitMQ is down, and then
+        Celery would first report a retry to its caller, which it cannot do while RabbitMQ is down, and then
         that the task was revoked.
         """
         self._already_cancelled = True

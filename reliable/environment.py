@@ -57,7 +57,7 @@ def read_environment(env_file: Path) -> Environment:
 
 
 def names_rabbitmq() -> bool:
-    """Return whether the environment names a RabbitMQ. A program must then not run without it."""
+    """Return whether the environment names a RabbitMQ. If so, a program must not run without it."""
     return any(os.environ.get(name) for name in ("CELERY_BROKER_URL", "RABBITMQ_HOST"))
 
 

@@ -22,7 +22,7 @@ MEANINGS: list[tuple[type[Exception], str, str]] = [
     (AccessRefused, "RabbitMQ refuses this user or password", FIX_LOGIN),
     (NotAllowed, "RabbitMQ does not let this user into the virtual host", FIX_LOGIN),
     (AMQPError, "RabbitMQ reports an error", CHECK_RABBITMQ),
-    (TimeoutError, "RabbitMQ does not answer", "rabbitmqctl status shows what it is short of"),
+    (TimeoutError, "RabbitMQ does not answer", "check its memory and disk space with rabbitmqctl status"),
 ]
 
 

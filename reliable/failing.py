@@ -1,6 +1,6 @@
 """A failed task fails what was to come after it: the rest of its chain, a group, the body of a chord.
 
-Everybody who waits for one of these is told.
+Every caller that waits for one of these gets the error.
 
 https://docs.celeryq.dev/en/stable/userguide/canvas.html#error-handling
 """

@@ -62,7 +62,7 @@ def find_or_start(app: celery.Celery, embedded: bool = False) -> Iterator[Run]:
 
 
 def run_until_exit(app: celery.Celery) -> None:
-    """Do the same until this program ends, as a web server needs. Where RabbitMQ is named, do nothing."""
+    """Call `find_or_start` until this program ends, for a web server. If RabbitMQ is named, do nothing."""
     if app.conf.broker_url == "memory://" or not names_rabbitmq():
         running = contextlib.ExitStack()
         atexit.register(running.close)
@@ -88,7 +88,8 @@ def report_block(_reason: str) -> None:
 def connect(app: celery.Celery) -> str:
     """Connect to RabbitMQ, declare the topology, and return the version and where it is.
 
-    It fails within five seconds. Raises what a connection and `app.declare_topology_once` raise.
+    If RabbitMQ does not answer, it fails within five seconds. Raises what a connection and
+    `app.declare_topology_once` raise.
     """
     limits = {"read_timeout": 1.5, "write_timeout": 1.5}  # Seconds: another program may listen on that port
     with app.connection_for_write(connect_timeout=1.5, transport_options=limits) as connection:
@@ -110,7 +111,7 @@ def find_workers(app: celery.Celery, *names: str) -> dict[str, Any]:
 def start_embedded(app: celery.Celery, concurrency: int = 8) -> None:
     """Use kombu's broker in this process, and run a worker in a thread until the process ends.
 
-    Stopping that worker would take four seconds, so nothing does.
+    Stopping that worker would take four seconds, so nothing stops it.
     """
     os.environ["CELERY_BROKER_URL"] = app.conf.broker_url = "memory://"
     app.conf.broker_transport_options = {"polling_interval": 0.01}  # Seconds

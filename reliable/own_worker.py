@@ -24,8 +24,8 @@ TIMEOUT = 30
 def own_worker(app: celery.Celery, concurrency: int = 8) -> Iterator[dict[str, Any]]:
     """Run `celery worker` beside this program, and give its statistics by the name of its node.
 
-    In the end it finishes the tasks that it has begun. If this program fails or is killed, the worker is
-    killed, and RabbitMQ delivers its tasks again. The program exits if the worker does not start.
+    At the end the worker finishes the tasks that it has begun. If this program fails or is killed, the worker
+    is killed, and RabbitMQ delivers its tasks again. The program exits if the worker does not start.
     """
     name = f"own{secrets.token_hex(2)}@localhost"
     options = [f"-c{concurrency}", "-lwarning", "-n", name]

@@ -15,7 +15,7 @@ SECRET = {"argsrepr": "(secret)", "kwargsrepr": "{}"}
 
 
 class QueueFullError(OperationalError):
-    """The queue of a task has its maximum length, and refuses more."""
+    """The queue of a task has reached its maximum length, and refuses more."""
 
 
 class Task(celery.Task):

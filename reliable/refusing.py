@@ -1,6 +1,6 @@
 """Messages that a worker cannot run: each becomes a dead letter, and its caller gets an error.
 
-Celery acknowledges such a message, so that it is lost, or the worker ends.
+Celery acknowledges such a message, so it is lost, or the worker ends.
 """
 
 import contextlib
@@ -17,9 +17,8 @@ from reliable.delivery import Message
 
 logger = get_logger(__name__)
 
-#: How often RabbitMQ may hand out a message for each time that its queue may deliver it again. It counts a
-#: message that comes back from a worker in good order, or after an acknowledgement time-out, in its own way
-#: since RabbitMQ 4.3.
+#: How many deliveries of any kind a message may have, as a multiple of `x-delivery-limit`. Since RabbitMQ 4.3
+#: a message that a worker requeues, or that outlasts the acknowledgement time-out, does not count there.
 ACQUISITIONS = 5
 
 
@@ -47,8 +46,8 @@ class RefusesMessages(Consumer):
     def is_last_delivery(self, message: Message) -> bool:
         """Return whether RabbitMQ would give up on this message if it came back once more.
 
-        RabbitMQ cannot tell the caller, so a worker does it. Without this, a task that kills its whole worker
-        each time would leave its caller waiting.
+        RabbitMQ cannot report this to the caller, so a worker does. Otherwise the caller of a task that kills
+        its whole worker each time would wait in vain.
         """
         if not message.delivery_info.get("redelivered"):  # kombu's in-memory broker does not set it
             return False

@@ -25,7 +25,8 @@ GROUP = 20
 class ResultConsumer(CeleryResultConsumer):
     """Receives results from the reply queue, and acknowledges them in groups.
 
-    RabbitMQ delivers those of the last group again after a lost connection. To read one twice does no harm.
+    After a lost connection RabbitMQ redelivers the results of the last group. Reading a result twice does no
+    harm.
     """
 
     _connection: Any
@@ -41,14 +42,14 @@ class ResultConsumer(CeleryResultConsumer):
         self.receiver: Any = None
         #: How many results are not acknowledged yet.
         self.unacknowledged = 0
-        #: When a result came last, in seconds.
+        #: When the last result came, in seconds of the monotonic clock.
         self.last_result = time.monotonic()
         #: When the last state of each task came, oldest first.
         self.received_at: dict[str, float] = {}
 
     @property
     def is_consuming(self) -> bool:
-        """Return whether it consumes from the reply queue, as it does since the first `get()`."""
+        """Return whether it consumes from the reply queue, as it has done since the first `get()`."""
         return self._consumer is not None
 
     def consume_from(self, task_id: str) -> None:
@@ -126,7 +127,7 @@ class ResultConsumer(CeleryResultConsumer):
         raise TimeoutError from None
 
     def stop(self) -> None:
-        """Stop receiving, also when RabbitMQ has closed the connection of a program that was idle."""
+        """Stop receiving, even when RabbitMQ has closed the connection of a program that was idle."""
         with contextlib.suppress(AMQPError, OSError):
             super().stop()
 

@@ -40,14 +40,14 @@ class RPCBackend(ChordBackend):
         """Return how often to publish a state again.
 
         A task waits for RabbitMQ as long as it takes, since a late result is better than an error. The main
-        process of a worker has other tasks to care for.
+        process of a worker has other work to do.
         """
         most = None if self.app.current_worker_task else 1
         return {**self.app.conf.task_publish_retry_policy, "max_retries": most}
 
     @property
     def binding(self) -> Queue:
-        """Describe the reply queue: it outlives a connection, and expires after its program.
+        """Describe the reply queue: it outlives a connection, and expires after its program has ended.
 
         The results in it expire as well. Otherwise it grows while a program never asks for them.
         """
@@ -65,7 +65,7 @@ class RPCBackend(ChordBackend):
         """Return the state of a task, for `.state` and `.ready()`.
 
         By default Celery raises an error if more than 1,000 results wait, for example from a hundred chords.
-        Since the first `get()` the consumer receives all results, and Celery's own method finds none.
+        After the first `get()` the consumer receives all results, and Celery's own method finds none.
         """
         with self.result_consumer.lock:
             if self.result_consumer.is_consuming:

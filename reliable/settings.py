@@ -32,10 +32,10 @@ SETTINGS: dict[str, Any] = {
     "task_default_routing_key": "default",
     "task_default_exchange": topology.TASKS.name,
     "task_default_exchange_type": topology.TASKS.type,
-    # Otherwise a misspelt queue name creates a queue that nobody consumes.
+    # Otherwise a misspelt queue name creates a queue that nobody consumes from.
     "task_create_missing_queues": False,
     # --- Running a task ---
-    # A task is acknowledged after it ran. Otherwise a killed process takes its task with it.
+    # A task is acknowledged after it has run. Otherwise a killed process takes its task with it.
     "task_acks_late": True,
     # A task whose process was killed is published again, at most `max_retries` times, and then fails.
     "task_retry_on_worker_lost": True,
@@ -58,13 +58,13 @@ SETTINGS: dict[str, Any] = {
     "worker_consumer": "reliable.worker:Consumer",
     # Otherwise SIGQUIT requeues tasks that are almost done.
     "worker_soft_shutdown_timeout": 10,  # Seconds
-    # Otherwise a worker that starts before RabbitMQ exits.
+    # Otherwise a worker exits if it starts before RabbitMQ.
     "broker_connection_retry_on_startup": True,
     # Otherwise a worker exits when RabbitMQ closes a channel.
     "broker_channel_error_retry": True,
     # Otherwise a worker takes four minutes to notice a dead RabbitMQ.
     "broker_heartbeat": 30,  # Seconds
-    # Otherwise a second worker of the same name exits, and so does a restart after a lost connection.
+    # Otherwise a second worker of the same name exits, and so does a worker that reconnects.
     "control_queue_exclusive": False,
     "control_queue_durable": True,
     # --- Results ---
@@ -75,6 +75,7 @@ SETTINGS: dict[str, Any] = {
     # Otherwise a result is lost, and its task acknowledged, after three attempts to reach its database.
     "result_backend_always_retry": True,
     "result_backend_max_retries": 1_000_000,
-    # All threads of a program share one reply queue. Otherwise a thread that ends loses the results for it.
+    # All threads of a program share one reply queue. Otherwise the results for a thread that has ended are
+    # lost.
     "result_backend_thread_safe": True,
 }

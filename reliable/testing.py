@@ -22,7 +22,7 @@ from reliable.rabbitmq_node import Node, Program, clean_environment, run_cluster
 
 
 def until(condition: Callable[[], Any], seconds: float = 30) -> Any:
-    """Wait until a condition holds, and return its value. Raises AssertionError after so many seconds."""
+    """Wait until a condition holds, and return its value. Raises AssertionError if that takes longer."""
     deadline = time.monotonic() + seconds
     while not (value := condition()):
         assert time.monotonic() < deadline, f"not within {seconds} s: {condition}"

@@ -23,8 +23,8 @@ logger = get_logger(__name__)
 QUORUM = {"x-queue-type": "quorum"}
 #: Since RabbitMQ 4.0 a quorum queue without a limit of its own drops a message that came back 20 times.
 _KEEP = QUORUM | {"x-delivery-limit": 1_000_000}
-#: A queue that comes and goes with a program. When a node dies, RabbitMQ 4.3 keeps the messages of its
-#: consumers from others for a minute, or for so many milliseconds.
+#: A queue that comes and goes with a program. When a node dies, RabbitMQ 4.3 holds back the messages of its
+#: consumers for a minute, or for this many milliseconds.
 _TEMPORARY = _KEEP | {"x-consumer-disconnected-timeout": 2000}
 #: Keeps a message that no binding matches. Otherwise RabbitMQ confirms it, and drops it.
 #: https://www.rabbitmq.com/docs/ae
@@ -50,8 +50,8 @@ def work_queue(name: str, arguments: dict[str, Any] = QUORUM_QUEUE, time_limit: 
             the delayed tasks of a queue `mail.low`.
         arguments: the optional arguments of the queue.
         time_limit: the longest `time_limit` of its tasks, in seconds, if that is above 14 minutes. RabbitMQ
-            then waits for the acknowledgement of one task and of another that runs before it. It has this
-            argument since 3.12; for an older one, set `consumer_timeout` in rabbitmq.conf.
+            then waits for the acknowledgement of one task and of another that runs before it. RabbitMQ has
+            had this argument since 3.12; for an older one, set `consumer_timeout` in rabbitmq.conf.
     """
     if "." in name:
         exit_now(f"The queue name {name!r} has a dot", "use another character, such as '-'")

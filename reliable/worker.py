@@ -34,8 +34,8 @@ class Consumer(AcknowledgesInGroups, RefusesMessages):
     class Blueprint(CeleryConsumer.Blueprint):
         """The steps in which a consumer starts.
 
-        Left out are DelayedDelivery, which waits for each node that is down (the topology does its work), and
-        Gossip, which ends the worker at an event that it does not understand. Alive is added.
+        It leaves out DelayedDelivery, which waits for each node that is down (the topology does its work),
+        and Gossip, which ends the worker at an event that it does not understand. It adds Alive.
         """
 
         default_steps = [  # noqa: RUF012  (as Celery declares it)
@@ -51,7 +51,7 @@ class Consumer(AcknowledgesInGroups, RefusesMessages):
         if pool == "solo":
             self.amqheartbeat = 0  # It cannot answer while a task runs; RabbitMQ would close the connection
         if pool not in ("prefork", "gevent") and self.app.conf.task_time_limit:
-            logger.warning("A %s pool has no time limits: a task that hangs is never stopped", pool)
+            logger.warning("The %s pool has no time limits: a task that hangs is never stopped", pool)
         self.warn_of_long_tasks()
 
     def warn_of_long_tasks(self) -> None:
@@ -79,7 +79,7 @@ class Consumer(AcknowledgesInGroups, RefusesMessages):
         return processes * self.prefetch_multiplier
 
     def update_strategies(self) -> None:
-        """Use the Request of this package for all tasks, also for those of another class than `Task`."""
+        """Use the Request of this package for all tasks, including those of a class other than `Task`."""
         for task in self.app.tasks.values():
             if task.Request == CeleryTask.Request:
                 task.Request = Task.Request
@@ -97,7 +97,7 @@ class Consumer(AcknowledgesInGroups, RefusesMessages):
             raise
 
     def connect(self) -> Connection:
-        """Connect, also after a lost connection, and declare the topology.
+        """Connect, or reconnect after a lost connection, and declare the topology.
 
         Raises:
             celery.exceptions.WorkerShutdown: nobody but an operator can fix it.

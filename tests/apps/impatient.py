@@ -2,4 +2,4 @@
 
 from reliable import chords
 
-chords.PATIENCE = 3
+chords.PARTS_TIMEOUT = 3

@@ -47,7 +47,7 @@ def test_a_task_that_hangs_in_a_pool_without_time_limits_ends(tmp_path: Path) ->
             assert python("-c", code, CELERY_BROKER_URL=node.url).stdout == "WorkerLostError\n"
             (letter,) = take(node.url, "dead-letters")
             assert letter.headers["task"] == "apps.deadly.hang"
-            assert "A thread pool has no time limits" in worker.log.read_text()
+            assert "The thread pool has no time limits" in worker.log.read_text()
         finally:
             worker.kill()
 
