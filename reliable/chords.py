@@ -13,17 +13,17 @@ import time
 from collections.abc import Iterable
 from typing import Any
 
-from amqp import AMQPError, ConsumerCancelled, NotFound, PreconditionFailed
+from amqp import ConsumerCancelled, NotFound, PreconditionFailed
 from celery import states
 from celery.app.task import Context
 from celery.canvas import Signature, maybe_signature
 from celery.exceptions import ChordError
 from celery.result import GroupResult
 from celery.utils.log import get_logger
-from kombu import Connection, Queue
-from kombu.exceptions import OperationalError
+from kombu import Queue
 
 from reliable import topology
+from reliable.errors import UNREACHABLE
 from reliable.failing import FailingBackend
 from reliable.publishing import QueueFullError
 
@@ -40,6 +40,8 @@ PARTS_TIMEOUT = 5 * 60
 #: How many tasks a chord may have: RabbitMQ sends at most this many parts before one is acknowledged. Without
 #: this limit a quorum queue sends 2,000.
 MOST_PARTS = 65_535
+#: RabbitMQ refuses a message: its queue is full, or the message is too large.
+REFUSED = (QueueFullError, PreconditionFailed)
 
 
 def count_tasks(results: Iterable[Any]) -> int:
@@ -104,14 +106,15 @@ class ChordBackend(FailingBackend):
         """Add the part of a task to its chord. It waits for RabbitMQ, as a result does.
 
         Raises:
+            amqp.PreconditionFailed: the part is too large. The task then fails.
             kombu.exceptions.OperationalError, amqp.AMQPError, OSError: RabbitMQ cannot be reached.
                 Raised only in the main process of a worker, which has other work to do.
         """
         while True:
             try:
                 return self.add_part(request, state, result)
-            except (OperationalError, AMQPError, OSError) as error:
-                if not self.app.current_worker_task:
+            except UNREACHABLE as error:
+                if isinstance(error, PreconditionFailed) or not self.app.current_worker_task:
                     raise
                 logger.warning("The part of a chord cannot be added now: %s", error)
                 time.sleep(RETRY)
@@ -130,31 +133,32 @@ class ChordBackend(FailingBackend):
         with self.app.amqp.producer_pool.acquire(block=True) as producer:
             publish = {"retry": True, "retry_policy": self.retry_policy, "serializer": self.serializer}
             producer.publish(part, routing_key=queue.name, delivery_mode=2, **publish)
-            deadline = time.monotonic() + PARTS_TIMEOUT
-            with contextlib.suppress(NotFound):  # The chord is complete
-                while self.may_be_complete(producer.connection, queue, size):
-                    if time.monotonic() > deadline:
-                        self.give_up(queue(producer.channel), body)
-                    else:
-                        self.complete(queue, size, body, shape)
+        deadline = time.monotonic() + PARTS_TIMEOUT
+        while self.may_be_complete(queue, size):
+            if time.monotonic() > deadline:
+                self.give_up(queue, body)
+            else:
+                self.complete(queue, size, body, shape)
 
     def give_up(self, queue: Queue, body: Any) -> None:
         """Fail a chord whose parts somebody holds and does not use. Otherwise its tasks wait forever."""
         error = ChordError("RabbitMQ does not redeliver the parts of the chord")
         logger.critical("%s %s", error, queue.name)
         self.fail(maybe_signature(body, app=self.app), error)
-        queue.delete()
+        with self.app.amqp.producer_pool.acquire(block=True) as producer:
+            queue(producer.channel).delete()
 
-    def may_be_complete(self, connection: Connection, queue: Queue, size: int) -> bool:
+    def may_be_complete(self, queue: Queue, size: int) -> bool:
         """Return whether all parts of a chord are in its queue, or may be with a task that takes them.
 
         That task may die before it calls the body.
-
-        Raises:
-            amqp.NotFound: the queue is deleted.
         """
-        with connection.channel() as channel:
-            declared = queue(channel).queue_declare(passive=True)
+        with self.app.amqp.producer_pool.acquire(block=True) as producer:
+            try:
+                with producer.connection.channel() as channel:
+                    declared = queue(channel).queue_declare(passive=True)
+            except NotFound:  # The chord is complete
+                return False
         return declared.message_count >= size or declared.consumer_count > 0
 
     def complete(self, queue: Queue, size: int, body: Any, shape: list[Any] | None) -> None:
@@ -174,10 +178,11 @@ class ChordBackend(FailingBackend):
             parts.setdefault(part["task_id"], part)
 
         with self.app.connection_for_read() as connection:
+            connection.ensure_connection(**self.app.conf.task_publish_retry_policy)
             channel = connection.channel()
             channel.basic_qos(0, MOST_PARTS, False)
-            channel.basic_consume(queue.name, no_ack=False, consumer_tag="parts", callback=take)
-            with contextlib.suppress(TimeoutError, ConsumerCancelled):  # Cancelled with the queue
+            with contextlib.suppress(TimeoutError, ConsumerCancelled, NotFound):  # The queue is deleted
+                channel.basic_consume(queue.name, no_ack=False, consumer_tag="parts", callback=take)
                 while len(parts) < size:
                     connection.drain_events(timeout=RETRY)
             if len(parts) == size:
@@ -187,8 +192,8 @@ class ChordBackend(FailingBackend):
     def call_body(self, body: Signature, parts: dict[str, dict[str, Any]], shape: list[Any] | None) -> None:
         """Call the body of a chord with the results, or fail it with the first error of a task.
 
-        A body whose queue is full fails as well. Otherwise each process of a worker might wait for the others
-        to take a task from that queue.
+        A body that cannot be called fails as well, for example if its queue is full. Otherwise each process
+        of a worker might wait for the others to take a task from that queue.
         """
         in_order = sorted(parts.values(), key=lambda part: part["index"] or 0)
         failed = [part for part in in_order if part["state"] != states.SUCCESS]
@@ -198,7 +203,9 @@ class ChordBackend(FailingBackend):
                 cause = self.exception_to_python(failed[0]["result"])
                 raise ChordError(f"Dependency {failed[0]['task_id']} raised {cause!r}") from cause
             body.delay(arrange(results, shape or list(results)))
-        except (QueueFullError, PreconditionFailed) as error:  # The second: it is too large
-            self.fail(body, ChordError(f"Callback error: {error!r}"))
         except ChordError as error:
             self.fail(body, error)
+        except Exception as error:
+            if isinstance(error, UNREACHABLE) and not isinstance(error, REFUSED):
+                raise
+            self.fail(body, ChordError(f"Callback error: {error!r}"))

@@ -7,6 +7,10 @@ from typing import NoReturn
 from amqp import AccessRefused, AMQPError, NotAllowed, PreconditionFailed
 from celery.exceptions import ImproperlyConfigured
 from kombu import Connection
+from kombu.exceptions import OperationalError
+
+#: What a program gets when RabbitMQ cannot be reached, or does not accept a message.
+UNREACHABLE = (OperationalError, AMQPError, OSError)
 
 CHECK_RABBITMQ = "docker compose ps, or rabbitmqctl status"
 FIX_LOGIN = "correct the user, password and virtual host in .env; rabbitmqctl set_permissions grants rights"

@@ -7,13 +7,15 @@ import contextlib
 from collections.abc import Callable
 from typing import Any
 
+from celery import signals
 from celery.app.task import Context
-from celery.exceptions import WorkerLostError
+from celery.exceptions import NotRegistered, WorkerLostError
 from celery.utils.log import get_logger
 from celery.worker.consumer import Consumer
-from kombu.exceptions import ContentDisallowed, OperationalError
+from kombu.exceptions import ContentDisallowed
 
 from reliable.delivery import Message
+from reliable.errors import UNREACHABLE
 
 logger = get_logger(__name__)
 
@@ -69,7 +71,7 @@ class RefusesMessages(Consumer):
             return
         try:
             self.report(message, error)
-        except OperationalError as unreported:
+        except UNREACHABLE as unreported:
             logger.critical("Cannot inform its caller, so RabbitMQ delivers it again: %s", unreported)
             message.requeue()
             return
@@ -81,7 +83,7 @@ class RefusesMessages(Consumer):
         """Report an error to the caller of a message and to its chord, and run the tasks of its `link_error`.
 
         Raises:
-            kombu.exceptions.OperationalError: RabbitMQ does not accept the report.
+            kombu.exceptions.OperationalError, amqp.AMQPError, OSError: RabbitMQ does not accept the report.
         """
         reply_to, task_id = (message.properties.get(name) for name in ("reply_to", "correlation_id"))
         if not (isinstance(reply_to, str) and isinstance(task_id, str)):
@@ -106,5 +108,8 @@ class RefusesMessages(Consumer):
         super().on_unknown_message("(hidden)", message)
 
     def on_unknown_task(self, body: Any, message: Message, exc: Exception) -> None:
-        """Refuse a task that this worker does not have, and report that to its caller."""
-        super().on_unknown_task("(hidden)", message, exc)
+        """Refuse a task that this worker does not have."""
+        name, task_id = (message.headers.get(header) for header in ("task", "id"))
+        logger.error("Received unregistered task of type %r", name)
+        self.refuse(message, NotRegistered(name))
+        signals.task_unknown.send(sender=self, message=message, exc=exc, name=name, id=task_id)

@@ -114,6 +114,60 @@ def test_a_body_that_is_too_large_fails(shop: Any) -> None:
     assert "larger than configured max size" in str(result.result)
 
 
+def test_a_part_that_is_too_large_fails_its_chord(shop: Any, rabbitmq: str) -> None:
+    # Given a task whose result is larger than its argument, and is for its chord only
+    text = " ".join(map(str, range(1_300_000)))
+    large = shop.count_words.s(text).set(ignore_result=True)
+    result = chord([large, *numbers(shop, 1)], shop.total.s()).delay()
+    # Then the caller of the chord is told
+    result.get(timeout=60, propagate=False)
+    assert isinstance(result.result, ChordError)
+    assert "larger than configured max size" in str(result.result)
+    take(rabbitmq, "dead-letters")
+
+
+def test_a_body_that_cannot_be_called_fails(shop: Any) -> None:
+    # Given a body without an argument for the results
+    result = chord(numbers(shop, 1, 2), shop.worker_name.s()).delay()
+    result.get(timeout=20, propagate=False)
+    assert isinstance(result.result, ChordError)
+    assert "positional argument" in str(result.result)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [["-c4", "broker_pool_limit=1"], ["--pool=threads", "-c20"]],
+    ids=["one connection", "more threads than connections"],
+)
+def test_chords_in_a_worker_with_few_connections(fresh: str, tmp_path: Path, options: list[str]) -> None:
+    code = (
+        "from celery import chord\nfrom tasks import add, total\n"
+        "results = [chord([add.s(1, 0) for _ in range(3)], total.s())() for _ in range(40)]\n"
+        "print(sum(result.get(timeout=60) for result in results))"
+    )
+    with Worker("tasks", fresh, tmp_path, *options, **PATHS):
+        assert python("-c", code, CELERY_BROKER_URL=fresh).stdout == "120\n"
+
+
+def test_a_failure_fails_the_chain_that_is_the_body(shop: Any, rabbitmq: str) -> None:
+    workflow = group(shop.ship.s("sofa", 9e9), *numbers(shop, 1)) | shop.total.s() | shop.add_tax.s()
+    result = workflow.delay()
+    result.get(timeout=20, propagate=False)
+    assert isinstance(result.result, ChordError)
+    take(rabbitmq, "dead-letters")
+
+
+def test_a_revoked_task_fails_the_rest_of_its_chain(shop: Any) -> None:
+    # Given a chain whose first task is revoked before it is due
+    late = shop.add.s(1, 0).set(countdown=2)
+    late.freeze()
+    shop.app.control.revoke(late.id)
+    result = (late | shop.add.s(1) | group(numbers(shop, 1, 2))).delay()
+    # Then those who wait for its last step are told
+    errors = [child.get(timeout=20, propagate=False) for child in result.results]
+    assert [type(error).__name__ for error in errors] == ["TaskRevokedError"] * 2
+
+
 def test_a_failure_fails_the_group_at_the_end_of_its_chain(shop: Any, rabbitmq: str) -> None:
     result = (shop.ship.s("sofa", 9e9) | group(numbers(shop, 1, 2))).delay()
     with pytest.raises(Exception, match="sofa: out of stock"):
@@ -160,6 +214,15 @@ def test_a_task_that_a_worker_refuses_fails_its_chord(shop: Any, rabbitmq: str) 
     # Then the caller is told
     result.get(timeout=20, propagate=False)
     assert isinstance(result.result, ChordError)
+    take(rabbitmq, "dead-letters")
+
+
+def test_a_task_that_no_worker_knows_fails_its_chord(shop: Any, rabbitmq: str) -> None:
+    unknown = shop.app.signature("tasks.unknown")
+    result = chord([unknown, *numbers(shop, 2)], shop.total.s()).delay()
+    result.get(timeout=20, propagate=False)
+    assert isinstance(result.result, ChordError)
+    assert "tasks.unknown" in str(result.result)
     take(rabbitmq, "dead-letters")
 
 
