@@ -3,7 +3,6 @@
 It matters with a prefetch multiplier of 4 or more. `benchmarks/benchmark.py` measures the gain.
 """
 
-import contextlib
 from collections import deque
 from collections.abc import Callable
 from functools import partial
@@ -40,9 +39,8 @@ class AcknowledgesInGroups(Consumer):
 
     def send_held_acks(self, _hub: Any = None) -> None:
         """Send the acknowledgements that are held."""
-        with contextlib.suppress(IndexError):  # There are no more
-            while True:
-                self.held_acks.popleft()()
+        while self.held_acks:
+            self.held_acks.popleft()()
 
     def register_with_event_loop(self, hub: Any) -> None:
         """Start with a new connection. What is held when the event loop ends is sent."""

@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import threading
 from collections.abc import Callable
-from queue import Empty, SimpleQueue
+from queue import SimpleQueue
 from typing import Any
 
 from celery.result import AsyncResult
@@ -35,10 +35,9 @@ class Receiver:
     def run(self) -> None:
         """Receive. Registering a result takes a lock, so a coroutine must not do it."""
         while True:
-            with contextlib.suppress(Empty):
-                while True:
-                    result, on_ready = self.new.get_nowait()
-                    result.then(on_ready, weak=True)
+            while not self.new.empty():
+                result, on_ready = self.new.get()
+                result.then(on_ready, weak=True)
             try:
                 self.consumer.drain_events(TURN)
             except TimeoutError:
@@ -58,6 +57,8 @@ async def aget(result: AsyncResult, timeout: float | None = None) -> Any:
         asyncio.TimeoutError: it did not come in time.
         Exception: whatever the task raised.
     """
+    if getattr(result, "ignored", False):
+        return None
     consumer = getattr(result.backend, "result_consumer", None)
     waiting = wait(result, consumer) if isinstance(consumer, ResultConsumer) else poll(result)
     await asyncio.wait_for(waiting, timeout)

@@ -35,6 +35,7 @@ def start_anew(app: "Celery | None") -> None:
         pools.producers.clear()
         app._after_fork()
         app.__dict__.pop("oid", None)
+        app.__dict__.pop("control", None)
         app._backend_cache = None
 
 

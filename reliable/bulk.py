@@ -35,6 +35,7 @@ def publish_in_bulk(app: celery.Celery, signatures: Iterable[Signature], window:
     """
     # With this option on, py-amqp waits after each message. Here the window waits.
     with app.connection_for_write(transport_options={"confirm_publish": False}) as connection:
+        connection.ensure_connection(**app.conf.task_publish_retry_policy)
         unconfirmed = Unconfirmed(app, connection)
         producer = BulkProducer(unconfirmed.channel)
         number = 0

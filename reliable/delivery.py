@@ -12,13 +12,15 @@ from collections.abc import Callable, Iterator
 from datetime import datetime, timedelta, timezone
 from typing import Any
 
+from billiard.einfo import ExceptionInfo
 from celery.app.task import Context
 from celery.exceptions import InvalidTaskError, Retry, TimeLimitExceeded
 from celery.utils.log import get_logger
 from celery.worker.request import Request as CeleryRequest
 from kombu.compression import decompress
-from kombu.exceptions import OperationalError
 from kombu.transport.pyamqp import Message as AMQPMessage
+
+from reliable.errors import UNREACHABLE
 
 NoneType = type(None)
 logger = get_logger(__name__)
@@ -72,6 +74,24 @@ class Request(CeleryRequest):
     """One delivery of a task."""
 
     is_over_its_limit = False
+    is_reporting = False
+    #: While a failure is reported: whether the message is to be requeued afterwards, if it is rejected.
+    requeue: bool | None = None
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        """Change the class that Celery derives for each task.
+
+        A thread gives it a task that has called `sys.exit()` as a success that it cannot read.
+        """
+        super().__init_subclass__(**options)
+        on_success = cls.on_success
+
+        def on_success_or_exit(self: Any, outcome: Any, **options: Any) -> Any:
+            if isinstance(outcome, ExceptionInfo):
+                return self.on_failure(outcome)
+            return on_success(self, outcome, **options)
+
+        cls.on_success = on_success_or_exit
 
     def __init__(self, message: Any, **options: Any) -> None:
         """Take a message.
@@ -111,8 +131,6 @@ class Request(CeleryRequest):
                 super().on_failure(exc_info, send_failed_event, return_ok)
         except MemoryError:
             pass
-        except self.connection_errors:
-            raise
         except Exception:  # Odd parts of the message. Otherwise the worker process is never free again
             logger.exception("Handling the failure of a task failed as well")
             self.reject(requeue=False)
@@ -125,16 +143,26 @@ class Request(CeleryRequest):
 
     def reject(self, requeue: bool = False) -> None:
         """Reject the message. Celery would requeue a task over its hard limit forever."""
-        super().reject(requeue=requeue and not self.is_over_its_limit)
+        self.requeue = requeue and not self.is_over_its_limit
+        if not self.is_reporting:
+            super().reject(requeue=self.requeue)
 
     @contextlib.contextmanager
     def requeued_unless_reported(self) -> Iterator[None]:
-        """Requeue the task if RabbitMQ does not accept the report for its caller."""
+        """Requeue the task if RabbitMQ does not accept the report for its caller.
+
+        Celery rejects a message before it reports. Here it is rejected afterwards.
+        """
+        self.is_reporting = True
         try:
             yield
-        except OperationalError as error:
+        except UNREACHABLE as error:
             logger.critical("Cannot inform the caller of %s, so RabbitMQ delivers it again: %s", self, error)
-            super().reject(requeue=True)
+            self.requeue = True
+        finally:
+            self.is_reporting = False
+        if self.requeue is not None:
+            super().reject(requeue=self.requeue)
 
     def cancel(self, pool: Any, signal: Any = None, emit_retry: bool = False) -> None:
         """Stop a task whose connection is lost. RabbitMQ delivers it again.

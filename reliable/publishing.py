@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import celery
-from amqp.exceptions import MessageNacked
+from amqp.exceptions import MessageNacked, NotFound
 from celery.canvas import Signature
 from celery.utils.time import maybe_iso8601, maybe_make_aware, subtract_datetimes
 from kombu.exceptions import OperationalError
@@ -65,6 +65,8 @@ def explained(name: str) -> Iterator[None]:
     """
     try:
         yield
+    except NotFound as error:
+        raise OperationalError(f"RabbitMQ did not accept {name}: the node of its queue is down") from error
     except OperationalError as error:
         cause = error.__cause__
         refused = f"RabbitMQ did not accept {name}"

@@ -11,8 +11,10 @@ from typing import Any
 from amqp import AMQPError
 from celery.backends.asynchronous import Drainer
 from celery.backends.rpc import ResultConsumer as CeleryResultConsumer
+from celery.states import READY_STATES
 from kombu import Message
-from kombu.exceptions import OperationalError
+
+from reliable.errors import UNREACHABLE
 
 #: How long a thread receives before another has its turn, in seconds.
 TURN = 0.1
@@ -42,6 +44,10 @@ class ResultConsumer(CeleryResultConsumer):
         self.receiver: Any = None
         #: How many results are not acknowledged yet.
         self.unacknowledged = 0
+        #: Whether it receives all results, since the first `get()`. Then the queue has none for others.
+        self.has_started = False
+        #: The last state of each task that has not ended, such as PROGRESS.
+        self.unfinished: dict[str, dict[str, Any]] = {}
         #: When the last result came, in seconds of the monotonic clock.
         self.last_result = time.monotonic()
         #: When the last state of each task came, oldest first.
@@ -49,7 +55,7 @@ class ResultConsumer(CeleryResultConsumer):
 
     @property
     def is_consuming(self) -> bool:
-        """Return whether it consumes from the reply queue, as it has done since the first `get()`."""
+        """Return whether it consumes from the reply queue now."""
         return self._consumer is not None
 
     def consume_from(self, task_id: str) -> None:
@@ -63,7 +69,7 @@ class ResultConsumer(CeleryResultConsumer):
         Raises:
             TimeoutError: it was not fulfilled within `timeout` seconds.
         """
-        deadline = time.monotonic() + (timeout or math.inf)
+        deadline = time.monotonic() + (math.inf if timeout is None else timeout)
         while not p.ready:
             remaining = deadline - time.monotonic()
             if remaining <= 0:
@@ -85,7 +91,7 @@ class ResultConsumer(CeleryResultConsumer):
             try:
                 if not self.is_consuming:
                     self.connect()
-            except (AMQPError, OperationalError, OSError):
+            except UNREACHABLE:
                 time.sleep(RECONNECT)
                 self.disconnect()
             try:
@@ -94,7 +100,7 @@ class ResultConsumer(CeleryResultConsumer):
                 self._connection.drain_events(timeout=timeout)
             except TimeoutError:
                 raise
-            except (AMQPError, OperationalError, OSError):
+            except UNREACHABLE:
                 self.disconnect()
 
     def connect(self) -> None:
@@ -112,6 +118,7 @@ class ResultConsumer(CeleryResultConsumer):
         )
         self.unacknowledged = 0
         self._consumer.consume()
+        self.has_started = True
 
     def acknowledge(self, _state: Any, message: Message) -> None:
         """Acknowledge this result and those before it, if they are enough for a group."""
@@ -140,12 +147,17 @@ class ResultConsumer(CeleryResultConsumer):
         self.last_result = time.monotonic()
         try:
             super().on_state_change(meta, message)
-        except OSError as error:
+        except UNREACHABLE as error:
             raise RuntimeError("on_message failed") from error
         self.received_at.pop(meta["task_id"], None)
         self.received_at[meta["task_id"]] = self.last_result
+        if meta["status"] in READY_STATES:
+            self.unfinished.pop(meta["task_id"], None)
+        else:
+            self.unfinished[meta["task_id"]] = meta
         oldest = self.last_result - (self.backend.expires or math.inf)
         for task_id in list(takewhile(lambda task_id: self.received_at[task_id] < oldest, self.received_at)):
             del self.received_at[task_id]
+            self.unfinished.pop(task_id, None)
             with contextlib.suppress(KeyError):
                 del self._pending_messages[task_id]

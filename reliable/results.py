@@ -12,13 +12,14 @@ import time
 from typing import Any
 
 from amqp import AMQPError
+from celery import states
 from celery.result import task_join_will_block
 from kombu import Producer, Queue
 from kombu.common import maybe_declare
-from kombu.exceptions import OperationalError
 
 from reliable.chords import ChordBackend
-from reliable.result_consumer import ResultConsumer
+from reliable.errors import UNREACHABLE
+from reliable.result_consumer import TURN, ResultConsumer
 
 #: How often to look again for the state of a task, a second later each time, when RabbitMQ reports an error.
 ATTEMPTS = 5
@@ -32,6 +33,7 @@ class RPCBackend(ChordBackend):
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self.deletes_queue_at_exit = False
+        self.receive_again = 0.0  # When `receive` may look again
         # Otherwise Celery drops the oldest of more than 8,192 unread results.
         self._pending_messages.maxsize = None
 
@@ -51,7 +53,9 @@ class RPCBackend(ChordBackend):
 
         The results in it expire as well. Otherwise it grows while a program never asks for them.
         """
-        return self.temporary_queue(self.oid, expires=self.expires, message_ttl=self.expires)
+        # A result may come long after this program last used the queue
+        expires = self.expires and 2 * self.expires
+        return self.temporary_queue(self.oid, expires=expires, message_ttl=self.expires)
 
     def add_pending_result(self, result: Any, *args: Any, **options: Any) -> Any:
         """Wait for a result, or find it among those that came before."""
@@ -68,13 +72,26 @@ class RPCBackend(ChordBackend):
         After the first `get()` the consumer receives all results, and Celery's own method finds none.
         """
         with self.result_consumer.lock:
-            if self.result_consumer.is_consuming:
-                deadline = time.monotonic() + 1  # It returns then, even if results keep coming
-                with contextlib.suppress(TimeoutError):
-                    while time.monotonic() < deadline:
-                        self.result_consumer.drain_events(timeout=0.01)
+            if self.result_consumer.has_started:
+                self.receive()
             self.delete_queue_at_exit()  # Celery declares the queue to look into it
-            return self.look_up(task_id, backlog_limit)
+            meta = self.look_up(task_id, backlog_limit)
+            is_unknown = meta["status"] == states.PENDING
+            return self.result_consumer.unfinished.get(task_id, meta) if is_unknown else meta
+
+    def receive(self) -> None:
+        """Receive what is there. Asked again at once, for the next of a thousand tasks, do nothing."""
+        now = time.monotonic()
+        if now < self.receive_again:
+            return
+        with contextlib.suppress(TimeoutError):
+            while time.monotonic() < now + 1:  # It returns then, even if results keep coming
+                self.result_consumer.drain_events(timeout=0.01)
+        self.receive_again = time.monotonic() + TURN
+
+    def _slurp_from_queue(self, *args: Any, **options: Any) -> Any:
+        """Look into the reply queue, unless the consumer receives all that comes there."""
+        return () if self.result_consumer.has_started else super()._slurp_from_queue(*args, **options)
 
     def look_up(self, task_id: str, backlog_limit: int) -> Any:
         """Look into the reply queue. Try again while a cluster elects a leader, which takes some seconds."""
@@ -118,6 +135,6 @@ class RPCBackend(ChordBackend):
         """
         if os.getpid() != pid:
             return
-        away_or_closed = (AMQPError, OperationalError, OSError, RuntimeError)
+        away_or_closed = (*UNREACHABLE, RuntimeError)
         with contextlib.suppress(*away_or_closed), self.app.pool.acquire() as connection:
             self.binding(connection.default_channel).delete()

@@ -7,6 +7,7 @@ import time
 from typing import Any
 
 import celery
+from celery import current_task
 from celery.exceptions import TimeLimitExceeded
 from celery.signals import task_postrun
 from celery.worker.control import inspect_command
@@ -81,6 +82,26 @@ def complain() -> None:
 def replace(self: Task, in_a_chain: bool) -> Any:
     """Have another task return the length of "four", or that of its number of digits."""
     raise self.replace(text.s(4) | size.s() if in_a_chain else size.s("four"))
+
+
+@app.task(max_retries=0)
+def kill_itself() -> None:
+    """Kill the process."""
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@app.task(max_retries=0)
+def leave() -> None:
+    """End the process, as a program of the command line does when its arguments are wrong."""
+    sys.exit("usage: …")
+
+
+@app.task
+def report_progress(file: str) -> None:
+    """Report progress, and wait until a file exists."""
+    current_task.update_state(state="PROGRESS", meta={"percent": 50})
+    while not os.path.exists(file):
+        time.sleep(0.05)
 
 
 @app.task(time_limit=3600)

@@ -234,6 +234,16 @@ def test_five_hundred_coroutines_get_their_results(node: Node, tmp_path: Path) -
         assert printed == ["True True", "CancelledError", "TimeoutError", "sent to Ada"]
 
 
+def test_a_coroutine_does_not_wait_for_a_result_that_is_ignored(rabbitmq: str) -> None:
+    code = """
+import asyncio
+from reliable.aio import aget
+from tasks import check_price
+print(asyncio.run(aget(check_price.delay(1), timeout=5)))
+"""
+    assert python("-c", code, CELERY_BROKER_URL=rabbitmq).stdout == "None\n"
+
+
 def test_coroutines_get_their_results_though_a_callback_of_a_thread_fails(rabbitmq: str) -> None:
     # Given a coroutine that waits, and a thread whose `on_message` fails
     code = """

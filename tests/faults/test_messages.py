@@ -1,7 +1,5 @@
 """Messages, results and callers that go wrong: each ends where it is documented, and the worker goes on."""
 
-import os
-import signal
 import subprocess
 import time
 from collections.abc import Iterator
@@ -251,12 +249,76 @@ def test_a_state_can_be_asked_for_after_a_result(odd: Odd) -> None:
     assert odd.call(code).stdout == "4\nTrue SUCCESS 1\n"
 
 
-def test_an_error_of_on_message_reaches_the_caller(odd: Odd) -> None:
+def test_the_state_of_a_task_that_reports_progress_can_be_asked_for(odd: Odd, tmp_path: Path) -> None:
     code = (
-        "def complain(meta): raise BrokenPipeError('nobody listens')\n"
+        f"first, second = {str(tmp_path / '1')!r}, {str(tmp_path / '2')!r}\n"
+        # Given two tasks that report progress
+        "one, other = (odd.report_progress.delay(first) for _ in range(2))\n"
+        "while one.state == 'PENDING' or other.state == 'PENDING': pass\n"
+        "print(one.state, other.state, one.state, other.state)\n"
+        "open(first, 'w')\n"
+        "print(one.get(timeout=20), other.get(timeout=20))\n"
+        # And one more, whose caller has waited for a result
+        "late = odd.report_progress.delay(second)\n"
+        "while late.state == 'PENDING': pass\n"
+        "print(odd.size.delay('x').get(timeout=20), late.state, late.info)\n"
+        "open(second, 'w')\n"
+        "print(late.get(timeout=20), late.state)"
+    )
+    # Then their caller can ask for their states again and again
+    assert odd.call(code).stdout.splitlines() == [
+        "PROGRESS PROGRESS PROGRESS PROGRESS",
+        "None None",
+        "1 PROGRESS {'percent': 50}",
+        "None SUCCESS",
+    ]
+
+
+@pytest.mark.parametrize("error", ["BrokenPipeError", "OperationalError"])
+def test_an_error_of_on_message_reaches_the_caller(odd: Odd, error: str) -> None:
+    code = (
+        "from kombu.exceptions import OperationalError\n"
+        f"def complain(meta): raise {error}('nobody listens')\n"
         "odd.size.delay('x').get(timeout=20, on_message=complain)"
     )
     assert "on_message failed" in odd.call(code).stderr
+
+
+def test_a_caller_that_waits_no_time_at_all(odd: Odd) -> None:
+    assert "TimeoutError" in odd.call("odd.wait_with_a_limit.delay(1).get(timeout=0)").stderr
+
+
+def test_hundreds_of_states_are_one_look_at_the_queue(odd: Odd) -> None:
+    # Given a caller that has had a result, and a group of tasks that never run
+    code = (
+        "from celery.result import GroupResult\n"
+        "odd.size.delay('four').get(timeout=20)\n"
+        "group = GroupResult('group', [tasks.app.AsyncResult(str(n)) for n in range(200)])\n"
+        "looks, backend = [], tasks.app.backend\n"
+        "drain = backend.result_consumer.drain_events\n"
+        "backend.result_consumer.drain_events = lambda timeout: looks.append(1) or drain(timeout)\n"
+        "print(group.completed_count(), len(looks) < 20)"
+    )
+    assert odd.call(code).stdout == "0 True\n"
+
+
+def test_a_chain_can_be_waited_for_while_rabbitmq_restarts(node: Node, tmp_path: Path) -> None:
+    # Given a caller that waits for a chain
+    code = (
+        "import tasks\n"
+        "print(tasks.add.delay(1, 1).get(timeout=20))\n"
+        "print((tasks.send_email.s('Ada', 4) | tasks.count_words.s()).delay().get(timeout=60))"
+    )
+    with (
+        Worker("tasks", node.url, tmp_path, "-c1", **PATHS) as worker,
+        start_python("-c", code, CELERY_BROKER_URL=node.url) as caller,
+    ):
+        until(lambda: "tasks.send_email[" in worker.log.read_text())
+        # When RabbitMQ restarts
+        node.stop()
+        node.start()
+        # Then its result comes
+        assert caller.communicate(timeout=60) == ("2\n{'sent': 1, 'to': 1, 'ada': 1}\n", "")
 
 
 def test_thousands_of_results_in_any_order(odd: Odd) -> None:
@@ -298,7 +360,7 @@ def test_the_reply_queue_of_a_dead_caller_expires(odd: Odd, session_node: Node) 
 
 
 def test_a_caller_that_publishes_for_longer_than_its_results_last(odd: Odd) -> None:
-    # Given a reply queue that expires after four seconds without a consumer, though it is declared again
+    # Given a reply queue that expires after eight seconds without a consumer, though it is declared again
     code = (
         "import time\n"
         "tasks.app.conf.result_expires = 4\n"
@@ -310,6 +372,20 @@ def test_a_caller_that_publishes_for_longer_than_its_results_last(odd: Odd) -> N
     )
     # Then its queue is still there, with the results of the last seconds
     assert odd.call(code).stdout == "{4}\n"
+
+
+def test_a_result_lasts_its_time_though_the_reply_queue_was_not_used(odd: Odd) -> None:
+    # Given results that expire after ten seconds, and a queue that was last declared five seconds ago
+    code = (
+        "import time\n"
+        "tasks.app.conf.result_expires = 10\n"
+        "odd.size.delay('x')\n"
+        "time.sleep(4)\n"
+        "result = odd.size.delay('four')\n"
+        "time.sleep(7.5)\n"  # This is the test: the first ten seconds are over
+        "print(result.get(timeout=5))"
+    )
+    assert odd.call(code).stdout == "4\n"
 
 
 def test_a_caller_forgets_the_results_that_it_never_asks_for(odd: Odd) -> None:
@@ -353,7 +429,7 @@ def test_results_that_nobody_takes_expire_in_the_reply_queue(odd: Odd) -> None:
 
 
 def test_a_caller_that_was_idle_until_its_reply_queue_expired(odd: Odd, session_node: Node) -> None:
-    # Given a caller whose reply queue expires after two seconds without a consumer, and that does nothing
+    # Given a caller whose reply queue expires after four seconds without a consumer, and that does nothing
     code = (
         "tasks.app.conf.result_expires = 2\n"
         "odd.size.delay('x')\n"
@@ -401,32 +477,39 @@ def test_a_time_limit_spares_a_task_the_brokers_time_out(tmp_path: Path) -> None
             assert odd.log.read_text().count("started\n") == 1
 
 
-@pytest.mark.parametrize("is_json", [False, True], ids=["not JSON", "over its time limit"])
-def test_what_a_worker_cannot_report_is_delivered_again(node: Node, tmp_path: Path, is_json: bool) -> None:
-    # Given a worker that receives a message which it must report to the caller
-    arguments = ("-c1", "--include", "apps.odd")
+@pytest.mark.parametrize(
+    ("task", "body"),
+    [
+        ("tasks.add", b"not JSON"),
+        ("tasks.unknown", b"[[], {}, {}]"),
+        ("apps.odd.wait_with_a_limit", b"[[300], {}, {}]"),
+        ("apps.odd.kill_itself", b"[[], {}, {}]"),
+    ],
+    ids=["not JSON", "unknown", "over its time limit", "killed"],
+)
+def test_what_a_worker_cannot_report_is_delivered_again(
+    fresh: str, tmp_path: Path, task: str, body: bytes
+) -> None:
+    limits = {"x-max-length": 1, "x-overflow": "reject-publish"}
     with (
-        Worker("tasks", node.url, tmp_path, *arguments, **PATHS) as worker,
-        Connection(node.url) as connection,
+        Worker("tasks", fresh, tmp_path, "-c1", "--include", "apps.odd", **PATHS) as worker,
+        Connection(fresh) as connection,
     ):
-        caller = Queue("caller")(connection.channel())
+        # Given a caller whose reply queue is full
+        caller = Queue("caller", queue_arguments=limits)(connection.channel())
         caller.declare()
-        os.kill(worker.process.pid, signal.SIGSTOP)
-        body, task = (
-            (b"[[300], {}, {}]", "apps.odd.wait_with_a_limit") if is_json else (b"not JSON", "tasks.add")
-        )
+        producer = connection.Producer()
+        producer.publish("full", routing_key="caller")
+        # When a worker receives a message which it must report to that caller
         headers = {"task": task, "id": "1"}
         kind = {"content_type": "application/json", "content_encoding": "utf-8", "headers": headers}
         to = {"exchange": "tasks", "routing_key": "default", "reply_to": "caller", "correlation_id": "1"}
-        connection.Producer().publish(body, **kind, **to)
-        # When RabbitMQ is short of memory by then
-        node.control("set_vm_memory_high_watermark", "0.000001")
-        os.kill(worker.process.pid, signal.SIGCONT)
-        until(lambda: "so RabbitMQ delivers it again" in worker.log.read_text(), 60)
-        node.control("set_vm_memory_high_watermark", "0.4")
+        producer.publish(body, **kind, **to)
+        until(lambda: "so RabbitMQ delivers it again" in worker.log.read_text())
+        take(fresh, "caller")
         # Then its caller is told later, it is a dead letter, and the worker runs
-        assert take(node.url, "caller")[0].payload["status"] == "FAILURE"
-        assert take(node.url, "dead-letters")[0].headers["x-death"][0]["reason"] == "rejected"
+        assert take(fresh, "caller")[0].payload["status"] == "FAILURE"
+        assert take(fresh, "dead-letters")[0].headers["x-death"][0]["reason"] == "rejected"
         assert worker.running()
 
 

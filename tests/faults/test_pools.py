@@ -91,6 +91,21 @@ def test_autoscale_grows_after_a_lost_connection(session_node: Node, fresh: str,
         until(lambda: "Scaling up" in worker.log.read_text())
 
 
+def test_a_task_that_ends_its_program_in_a_thread_is_an_error_and_a_dead_letter(
+    fresh: str, tmp_path: Path
+) -> None:
+    with Worker("tasks", fresh, tmp_path, "--pool=threads", "-c1", "--include", "apps.odd", **PATHS):
+        code = (
+            "from apps.odd import leave, size\n"
+            "print(repr(leave.delay().get(timeout=20, propagate=False)))\n"
+            "print(size.delay('x').get(timeout=20))"
+        )
+        lost, after = python("-c", code, CELERY_BROKER_URL=fresh).stdout.splitlines()
+        assert lost.startswith("WorkerLostError")
+        assert after == "1"
+        take(fresh, "dead-letters")
+
+
 def test_a_greenlet_over_its_hard_time_limit_is_a_dead_letter(fresh: str, tmp_path: Path) -> None:
     # Given a worker with greenlets
     with Worker("tasks", fresh, tmp_path, "--pool=gevent", "-c2", **PATHS) as worker:

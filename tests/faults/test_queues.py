@@ -76,5 +76,26 @@ def test_the_first_two_nodes_of_the_url_are_down(fresh: str, tmp_path: Path) -> 
     down = [f"amqp://guest:guest@127.0.0.1:{free_port()}//" for _ in range(2)]
     url = ";".join([*down, fresh])
     with Worker("tasks", url, tmp_path, "-c1", **PATHS):
-        code = "from tasks import add; print([add.delay(n, 1).get(timeout=30) for n in range(3)])"
-        assert python("-c", code, CELERY_BROKER_URL=url).stdout == "[1, 2, 3]\n"
+        code = (
+            "from tasks import add, app; print([add.delay(n, 1).get(timeout=30) for n in range(3)])\n"
+            "print(app.publish_in_bulk(add.s(n, 1) for n in range(3)))"
+        )
+        assert python("-c", code, CELERY_BROKER_URL=url).stdout == "[1, 2, 3]\n3\n"
+
+
+def test_a_call_is_refused_while_the_node_of_its_classic_queue_is_down(cluster: list[Node]) -> None:
+    # Given a classic queue, which lives on the node that a program connects to first
+    url = ";".join(node.url for node in cluster)
+    code = (
+        "import tasks\n"
+        "tasks.app.conf.broker_transport_options = {'read_timeout': 2}\n"  # RabbitMQ 4.3 does not answer
+        "tasks.serve_customer.delay('Ada'); print('published')"
+    )
+    assert python("-c", code, CELERY_BROKER_URL=url).stdout == "published\n"
+    # When that node is down
+    cluster[0].kill()
+    # Then a call is an error that a caller expects
+    (*_, refused) = python("-c", code, CELERY_BROKER_URL=url).stderr.splitlines()
+    assert refused.startswith(
+        "kombu.exceptions.OperationalError: RabbitMQ did not accept tasks.serve_customer"
+    )

@@ -1,5 +1,6 @@
 """The app: its settings, and that it changes nothing for others in the process."""
 
+import os
 import pickle
 from datetime import datetime
 from zoneinfo import ZoneInfo
@@ -91,6 +92,19 @@ def test_an_eta_across_a_change_of_clocks_is_not_an_hour_off() -> None:
     options = {"eta": datetime(2026, 10, 25, 8, tzinfo=ZoneInfo("Europe/Berlin"))}
     publishing.prepare(app, "task", options)
     assert options == {"countdown": 13 * 60 * 60}
+
+
+def test_a_forked_process_has_connections_of_its_own() -> None:
+    app = Celery("one", broker="memory://", set_as_current=False)
+
+    def parts() -> list[object]:
+        return [app.pool, app.producer_pool, app.control.mailbox, app.backend]
+
+    before = parts()
+    process = os.fork()
+    if not process:
+        os._exit(sum(after is part for after, part in zip(parts(), before, strict=True)))
+    assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 0
 
 
 def test_tasks_run_eagerly_without_rabbitmq() -> None:
