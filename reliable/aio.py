@@ -9,6 +9,7 @@ https://docs.python.org/3/library/asyncio-task.html#asyncio.to_thread
 import asyncio
 import contextlib
 import threading
+import time
 from collections.abc import Callable
 from queue import SimpleQueue
 from typing import Any
@@ -44,6 +45,7 @@ class Receiver:
                 pass
             except Exception:  # A callback of another thread failed. Otherwise the coroutines wait forever
                 logger.exception("A callback of a result failed")
+            time.sleep(0)  # Otherwise other threads would wait for the lock
 
 
 async def aget(result: AsyncResult, timeout: float | None = None) -> Any:

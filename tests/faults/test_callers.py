@@ -234,6 +234,26 @@ def test_five_hundred_coroutines_get_their_results(node: Node, tmp_path: Path) -
         assert printed == ["True True", "CancelledError", "TimeoutError", "sent to Ada"]
 
 
+def test_a_coroutine_that_waits_does_not_keep_threads_from_asking(rabbitmq: str) -> None:
+    # Given a coroutine that waits for a slow task
+    code = """
+import asyncio
+from reliable.aio import aget
+from tasks import add, send_email
+
+def ask(): return [add.delay(number, 1).get(timeout=20) for number in range(40)]
+
+async def main():
+    waiting = asyncio.create_task(aget(send_email.delay("Ada", 3), timeout=20))
+    await asyncio.sleep(0.2)
+    print(sum(await asyncio.to_thread(ask)), waiting.done(), await waiting)
+
+asyncio.run(main())
+"""
+    # Then a thread has dozens of results before the task ends
+    assert python("-c", code, CELERY_BROKER_URL=rabbitmq).stdout == "820 False sent to Ada\n"
+
+
 def test_a_coroutine_does_not_wait_for_a_result_that_is_ignored(rabbitmq: str) -> None:
     code = """
 import asyncio
