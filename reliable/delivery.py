@@ -81,7 +81,7 @@ class Request(CeleryRequest):
     def __init_subclass__(cls, **options: Any) -> None:
         """Change the class that Celery derives for each task.
 
-        A thread gives it a task that has called `sys.exit()` as a success that it cannot read.
+        When a task has called `sys.exit()` in a thread, Celery passes the error to `on_success`, which fails.
         """
         super().__init_subclass__(**options)
         on_success = cls.on_success

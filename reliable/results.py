@@ -19,10 +19,12 @@ from kombu.common import maybe_declare
 
 from reliable.chords import ChordBackend
 from reliable.errors import UNREACHABLE
-from reliable.result_consumer import TURN, ResultConsumer
+from reliable.result_consumer import ResultConsumer
 
 #: How often to look again for the state of a task, a second later each time, when RabbitMQ reports an error.
 ATTEMPTS = 5
+#: How long after it looked for new states a program looks again, in seconds.
+LOOK_AGAIN = 0.02
 
 
 class RPCBackend(ChordBackend):
@@ -33,7 +35,7 @@ class RPCBackend(ChordBackend):
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self.deletes_queue_at_exit = False
-        self.receive_again = 0.0  # When `receive` may look again
+        self.receive_again = 0.0  # When `receive` looks again, in seconds of the monotonic clock
         # Otherwise Celery drops the oldest of more than 8,192 unread results.
         self._pending_messages.maxsize = None
 
@@ -80,14 +82,14 @@ class RPCBackend(ChordBackend):
             return self.result_consumer.unfinished.get(task_id, meta) if is_unknown else meta
 
     def receive(self) -> None:
-        """Receive what is there. Asked again at once, for the next of a thousand tasks, do nothing."""
+        """Receive what is there, unless that was done just now: a group asks for each of its tasks."""
         now = time.monotonic()
         if now < self.receive_again:
             return
         with contextlib.suppress(TimeoutError):
             while time.monotonic() < now + 1:  # It returns then, even if results keep coming
                 self.result_consumer.drain_events(timeout=0.01)
-        self.receive_again = time.monotonic() + TURN
+        self.receive_again = time.monotonic() + LOOK_AGAIN
 
     def _slurp_from_queue(self, *args: Any, **options: Any) -> Any:
         """Look into the reply queue, unless the consumer receives all that comes there."""
