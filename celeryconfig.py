@@ -28,7 +28,7 @@ task_queues = [
     # A quorum queue: a cluster of RabbitMQ nodes keeps copies of it.
     # https://www.rabbitmq.com/docs/quorum-queues
     work_queue("default"),
-    # A classic queue: quorum queues have had priorities only since RabbitMQ 4.3. It lives on one node.
+    # A classic queue, which lives on one node. Quorum queues have strict priorities since RabbitMQ 4.3 only.
     # https://www.rabbitmq.com/docs/priority
     work_queue("priority", {"x-queue-type": "classic", "x-max-priority": 9}),
 ]
@@ -37,8 +37,8 @@ task_queues = [
 task_routes = {"tasks.serve_customer": {"queue": "priority"}}
 
 # --- Workers ------------------------------------------------------------------------------------
-# A worker reserves only as many tasks as it has processes. All others wait in the queue, where another
-# worker can take them, and urgent tasks overtake them.
+# A worker reserves only as many tasks of each queue as it has processes. All others wait in the queue,
+# where another worker can take them, and urgent tasks overtake them.
 worker_prefetch_multiplier = 1
 # A task that takes longer than this many seconds is killed, and becomes a dead letter. RabbitMQ would
 # deliver it again after half an hour without an acknowledgement.

@@ -376,6 +376,7 @@ def tiny_items(contender: Contender) -> None:
 def results(contender: Contender) -> None:
     """Collect the results of tasks, and of chords."""
     with contender.workers():
+        contender.ask("call", 1)  # The worker has started
         contender.note("results: collected, tasks/s", contender.rate_of("collect", 1000, "x"))
         *_, seconds = contender.ask("call", 20)
         contender.note("results: round trip, ms", 1000 * statistics.median(seconds[10:]))

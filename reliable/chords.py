@@ -164,8 +164,8 @@ class ChordBackend(FailingBackend):
     def complete(self, queue: Queue, size: int, body: Any, shape: list[Any] | None) -> None:
         """Take the parts of a chord. If none is missing, call the body, and delete the queue.
 
-        If one is missing, another task takes the parts, or a task has run twice. Then its second part is
-        dropped, and the others are requeued.
+        One is missing if another task holds it, or if a task has run twice. Then its second part is dropped,
+        and the others are requeued.
         """
         parts: dict[str, dict[str, Any]] = {}
 

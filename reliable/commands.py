@@ -21,7 +21,7 @@ HEADING = LINE.format(task="task", id="id", arguments="arguments", reason="reaso
 def select(
     letters: Iterable[DeadLetter], ids: tuple[str, ...], task: str | None = None, reason: str | None = None
 ) -> Iterator[DeadLetter]:
-    """Yield the letters of this task and reason whose id starts with one of these. Without ids, yield all.
+    """Yield the dead letters of this task and reason whose id starts with one of these, or without ids all.
 
     The program exits at the end if there is no dead letter for one of the ids.
     """
@@ -54,10 +54,8 @@ def refuse_empty_id(
     return ids
 
 
-one_task = click.option(
-    "--task", metavar="NAME", help="Only those of this task; 'not a task' for other messages."
-)
-one_reason = click.option("--reason", help="Only those with this reason: rejected, expired, delivery_limit …")
+one_task = click.option("--task", metavar="NAME", help="Only dead letters of this task, or of 'not a task'.")
+one_reason = click.option("--reason", help="Only dead letters of this reason: rejected, expired …")
 some_ids = click.argument("ids", nargs=-1, metavar="[ID]...", callback=refuse_empty_id)
 
 

@@ -91,7 +91,7 @@ class DeadLetter:
         }
 
     def replay(self) -> None:
-        """Publish the task to the queue that it came from; RabbitMQ confirms it, and then it is deleted.
+        """Publish the task to the queue it came from. Delete the dead letter once RabbitMQ confirms that.
 
         Raises:
             Stuck: its queue does not exist anymore, or is full.

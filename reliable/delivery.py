@@ -110,8 +110,8 @@ class Request(CeleryRequest):
             raise InvalidTaskError("a header has the name of a method")
         if not isinstance(stamps, list) or not all(isinstance(stamp, str) for stamp in stamps):
             raise InvalidTaskError("the stamped headers are not names")
-        # Through the delay queues a task arrives when it is due. Otherwise it would wait in the worker, and
-        # RabbitMQ would close the connection of a worker that does not acknowledge it.
+        # Through the delay queues a task arrives when it is due. Otherwise it would wait in the worker
+        # without an acknowledgement, and RabbitMQ would redeliver it after 30 minutes, again and again.
         latest = datetime.now(timezone.utc) + timedelta(seconds=LATEST_ETA)
         if self.eta and self.eta > latest and isinstance(message, Message):
             raise InvalidTaskError("the eta is far away, and the task did not come through the delay queues")

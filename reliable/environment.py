@@ -87,7 +87,9 @@ def url_from_parts(has_tls: bool) -> str:
 
 def check_url(variable: str, url: str) -> None:
     """Exit if one of the URLs, separated by ";", cannot be used."""
-    fix = f"correct {variable} as .env.example shows; write a special character of a password as %XX"
+    fix = f"correct {variable} as .env.example shows"
+    if variable == "CELERY_BROKER_URL":
+        fix += "; write a special character of a password as %XX"
     for part in url.split(";"):
         try:
             scheme, port = urlsplit(part).scheme, urlsplit(part).port

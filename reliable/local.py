@@ -62,7 +62,7 @@ def find_or_start(app: celery.Celery, embedded: bool = False) -> Iterator[Run]:
 
 
 def run_until_exit(app: celery.Celery) -> None:
-    """Call `find_or_start` until this program ends, for a web server. If RabbitMQ is named, do nothing."""
+    """Keep what `find_or_start` finds or starts until a web server ends. If RabbitMQ is named, do nothing."""
     if app.conf.broker_url == "memory://" or not names_rabbitmq():
         running = contextlib.ExitStack()
         atexit.register(running.close)

@@ -107,7 +107,8 @@ class RPCBackend(ChordBackend):
         """Declare the reply queue before the first call, and again after a lost connection.
 
         Celery declares it at every call. Within a task there is none, as a task must not wait for another.
-        The queue expires while nobody consumes from it, so after half that time this starts to consume.
+        The queue expires if nobody consumes from it, so after half of `result_expires` without a result this
+        starts to consume.
         """
         if task_join_will_block():
             return
