@@ -45,7 +45,7 @@ class Receiver:
                 pass
             except Exception:  # A callback of another thread failed. Otherwise the coroutines wait forever
                 logger.exception("A callback of a result failed")
-            time.sleep(0)  # Otherwise other threads would wait for the lock
+            time.sleep(0.0001)  # Otherwise other threads would wait for the lock
 
 
 async def aget(result: AsyncResult, timeout: float | None = None) -> Any:

@@ -89,7 +89,7 @@ class Celery(celery.Celery):
         """
         if not self.topology_is_declared:
             with self.connection_for_write() as connection:
-                connection.ensure_connection(**self.conf.task_publish_retry_policy)
+                topology.ensure_connection(self, connection)
                 topology.declare(self, connection)
             self.topology_is_declared = True
 

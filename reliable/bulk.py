@@ -14,6 +14,7 @@ from celery.canvas import Signature
 from kombu import Producer, Queue
 from kombu.exceptions import OperationalError
 
+from reliable import topology
 from reliable.publishing import is_secret
 
 #: How many messages `publish_in_bulk` leaves unconfirmed at a time.
@@ -35,7 +36,7 @@ def publish_in_bulk(app: celery.Celery, signatures: Iterable[Signature], window:
     """
     # With this option on, py-amqp waits after each message. Here the window waits.
     with app.connection_for_write(transport_options={"confirm_publish": False}) as connection:
-        connection.ensure_connection(**app.conf.task_publish_retry_policy)
+        topology.ensure_connection(app, connection)
         unconfirmed = Unconfirmed(app, connection)
         producer = BulkProducer(unconfirmed.channel)
         number = 0

@@ -10,20 +10,20 @@ https://docs.celeryq.dev/en/stable/userguide/canvas.html#chords
 
 import contextlib
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
-from amqp import ConsumerCancelled, NotFound, PreconditionFailed
+from amqp import ConsumerCancelled, NotFound
 from celery import states
 from celery.app.task import Context
 from celery.canvas import Signature, maybe_signature
-from celery.exceptions import ChordError
+from celery.exceptions import ChordError, SoftTimeLimitExceeded
 from celery.result import GroupResult
 from celery.utils.log import get_logger
 from kombu import Queue
 
 from reliable import topology
-from reliable.errors import UNREACHABLE
+from reliable.errors import UNREACHABLE, is_outage
 from reliable.failing import FailingBackend
 from reliable.publishing import QueueFullError
 
@@ -40,8 +40,6 @@ PARTS_TIMEOUT = 5 * 60
 #: How many tasks a chord may have: RabbitMQ sends at most this many parts before one is acknowledged. Without
 #: this limit a quorum queue sends 2,000.
 MOST_PARTS = 65_535
-#: RabbitMQ refuses a message: its queue is full, or the message is too large.
-REFUSED = (QueueFullError, PreconditionFailed)
 
 
 def count_tasks(results: Iterable[Any]) -> int:
@@ -110,20 +108,24 @@ class ChordBackend(FailingBackend):
             kombu.exceptions.OperationalError, amqp.AMQPError, OSError: RabbitMQ cannot be reached.
                 Raised only in the main process of a worker, which has other work to do.
         """
+        body, queue = dict(request.chord), self.chord_queue(request.group)
+        size, shape = body.pop("chord_size"), body.pop("shape", None)
+        self.insist(self.add_part, queue, request, state, result)
+        self.insist(self.complete_in_turn, queue, size, body, shape)
+
+    def insist(self, step: Callable[..., None], *args: Any) -> None:
+        """Do a step, again and again while RabbitMQ cannot be reached."""
         while True:
             try:
-                return self.add_part(request, state, result)
+                return step(*args)
             except UNREACHABLE as error:
-                if isinstance(error, PreconditionFailed) or not self.app.current_worker_task:
+                if not is_outage(error) or not self.app.current_worker_task:
                     raise
-                logger.warning("The part of a chord cannot be added now: %s", error)
+                logger.warning("A chord waits for RabbitMQ: %s", error)
                 time.sleep(RETRY)
 
-    def add_part(self, request: Context, state: str, result: Any) -> None:
-        """Publish the part of a task, and complete the chord if all parts are there."""
-        body = dict(request.chord)
-        size, shape = body.pop("chord_size"), body.pop("shape", None)
-        queue = self.chord_queue(request.group)
+    def add_part(self, queue: Queue, request: Context, state: str, result: Any) -> None:
+        """Publish the part of a task."""
         part = {
             "index": request.group_index,
             "task_id": request.id,
@@ -133,6 +135,9 @@ class ChordBackend(FailingBackend):
         with self.app.amqp.producer_pool.acquire(block=True) as producer:
             publish = {"retry": True, "retry_policy": self.retry_policy, "serializer": self.serializer}
             producer.publish(part, routing_key=queue.name, delivery_mode=2, **publish)
+
+    def complete_in_turn(self, queue: Queue, size: int, body: Any, shape: list[Any] | None) -> None:
+        """Complete a chord, if all parts are there and no other task does it."""
         deadline = time.monotonic() + PARTS_TIMEOUT
         while self.may_be_complete(queue, size):
             if time.monotonic() > deadline:
@@ -178,7 +183,7 @@ class ChordBackend(FailingBackend):
             parts.setdefault(part["task_id"], part)
 
         with self.app.connection_for_read() as connection:
-            connection.ensure_connection(**self.app.conf.task_publish_retry_policy)
+            topology.ensure_connection(self.app, connection)
             channel = connection.channel()
             channel.basic_qos(0, MOST_PARTS, False)
             with contextlib.suppress(TimeoutError, ConsumerCancelled, NotFound):  # The queue is deleted
@@ -205,7 +210,9 @@ class ChordBackend(FailingBackend):
             body.delay(arrange(results, shape or list(results)))
         except ChordError as error:
             self.fail(body, error)
+        except SoftTimeLimitExceeded:
+            raise
         except Exception as error:
-            if isinstance(error, UNREACHABLE) and not isinstance(error, REFUSED):
+            if is_outage(error) and not isinstance(error, QueueFullError):
                 raise
             self.fail(body, ChordError(f"Callback error: {error!r}"))

@@ -10,6 +10,7 @@ import sys
 import zlib
 from collections.abc import Callable, Iterator
 from datetime import datetime, timedelta, timezone
+from functools import partial
 from typing import Any
 
 from billiard.einfo import ExceptionInfo
@@ -20,7 +21,7 @@ from celery.worker.request import Request as CeleryRequest
 from kombu.compression import decompress
 from kombu.transport.pyamqp import Message as AMQPMessage
 
-from reliable.errors import UNREACHABLE
+from reliable.errors import UnreportedError
 
 NoneType = type(None)
 logger = get_logger(__name__)
@@ -75,8 +76,8 @@ class Request(CeleryRequest):
 
     is_over_its_limit = False
     is_reporting = False
-    #: While a failure is reported: whether the message is to be requeued afterwards, if it is rejected.
-    requeue: bool | None = None
+    #: What acknowledges or rejects the message after a failure has been reported.
+    held: Callable[[], None] | None = None
 
     def __init_subclass__(cls, **options: Any) -> None:
         """Change the class that Celery derives for each task.
@@ -126,43 +127,49 @@ class Request(CeleryRequest):
             return
         if isinstance(error, MemoryError):
             self.reject(requeue=False)
-        try:
-            with self.requeued_unless_reported():
-                super().on_failure(exc_info, send_failed_event, return_ok)
-        except MemoryError:
-            pass
-        except Exception:  # Odd parts of the message. Otherwise the worker process is never free again
-            logger.exception("Handling the failure of a task failed as well")
-            self.reject(requeue=False)
+        with self.settled_afterwards(), contextlib.suppress(MemoryError):
+            super().on_failure(exc_info, send_failed_event, return_ok)
 
     def on_timeout(self, soft: bool, timeout: float) -> None:
         """Report a time limit to the caller. After the hard one the task becomes a dead letter."""
         self.is_over_its_limit = not soft
-        with self.requeued_unless_reported():
+        with self.settled_afterwards():
             super().on_timeout(soft, timeout)
+
+    def acknowledge(self) -> None:
+        """Acknowledge the message."""
+        self.settle(super().acknowledge)
 
     def reject(self, requeue: bool = False) -> None:
         """Reject the message. Celery would requeue a task over its hard limit forever."""
-        self.requeue = requeue and not self.is_over_its_limit
-        if not self.is_reporting:
-            super().reject(requeue=self.requeue)
+        self.settle(partial(super().reject, requeue=requeue and not self.is_over_its_limit))
+
+    def settle(self, step: Callable[[], None]) -> None:
+        """Acknowledge or reject the message, after a failure has been reported."""
+        if self.is_reporting:
+            self.held = step
+        else:
+            step()
 
     @contextlib.contextmanager
-    def requeued_unless_reported(self) -> Iterator[None]:
-        """Requeue the task if RabbitMQ does not accept the report for its caller.
+    def settled_afterwards(self) -> Iterator[None]:
+        """Acknowledge or reject the message after the failure is reported. Celery does it before.
 
-        Celery rejects a message before it reports. Here it is rejected afterwards.
+        If RabbitMQ does not accept the report, the message is requeued.
         """
         self.is_reporting = True
         try:
             yield
-        except UNREACHABLE as error:
+        except UnreportedError as error:
             logger.critical("Cannot inform the caller of %s, so RabbitMQ delivers it again: %s", self, error)
-            self.requeue = True
+            self.held = partial(super().reject, requeue=True)
+        except Exception:  # Odd parts of the message. Otherwise the worker process is never free again
+            logger.exception("Handling the failure of a task failed as well")
+            self.held = partial(super().reject, requeue=False)
         finally:
             self.is_reporting = False
-        if self.requeue is not None:
-            super().reject(requeue=self.requeue)
+        if self.held:
+            self.held()
 
     def cancel(self, pool: Any, signal: Any = None, emit_retry: bool = False) -> None:
         """Stop a task whose connection is lost. RabbitMQ delivers it again.

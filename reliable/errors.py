@@ -4,7 +4,7 @@ import ssl
 import sys
 from typing import NoReturn
 
-from amqp import AccessRefused, AMQPError, NotAllowed, PreconditionFailed
+from amqp import AccessRefused, AMQPError, NotAllowed, NotFound, PreconditionFailed
 from celery.exceptions import ImproperlyConfigured
 from kombu import Connection
 from kombu.exceptions import OperationalError
@@ -28,6 +28,16 @@ MEANINGS: list[tuple[type[Exception], str, str]] = [
     (AMQPError, "RabbitMQ reports an error", CHECK_RABBITMQ),
     (TimeoutError, "RabbitMQ does not answer", "check its memory and disk space with rabbitmqctl status"),
 ]
+
+
+class UnreportedError(OperationalError):
+    """RabbitMQ cannot be reached, so the caller of a task does not know of its failure."""
+
+
+def is_outage(error: Exception) -> bool:
+    """Return whether RabbitMQ cannot be reached or accepts no message now, and does not refuse this one."""
+    refused = (AccessRefused, NotFound, PreconditionFailed)
+    return isinstance(error, UNREACHABLE) and not isinstance(error, refused)
 
 
 def exit_now(what: str, fix: str) -> NoReturn:

@@ -5,32 +5,59 @@ Every caller that waits for one of these gets the error.
 https://docs.celeryq.dev/en/stable/userguide/canvas.html#error-handling
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 from celery.app.task import Context
 from celery.backends.rpc import RPCBackend
-from celery.canvas import Signature, chord, group, maybe_signature
+from celery.canvas import Signature, _chain, chord, group, maybe_signature
 from celery.exceptions import TaskRevokedError
+from celery.utils.log import get_logger
 from kombu.utils.functional import maybe_list
 
+from reliable.errors import UNREACHABLE, UnreportedError, is_outage
 
-def inner_tasks(task: Signature) -> list[Signature]:
-    """Return the tasks inside a chord, a group or a chain whose results are the result of the whole."""
-    if isinstance(task, chord):
-        return [task.body]
-    inner = getattr(task, "tasks", [])
-    return list(inner if isinstance(task, group) else inner[-1:])
+logger = get_logger(__name__)
+
+
+def walk(task: Signature) -> Iterator[Signature]:
+    """Yield a task, and those inside a chord, a group or a chain that come after its header."""
+    inner = [task.body] if isinstance(task, chord) else getattr(task, "tasks", [])
+    for later in inner:
+        yield from walk(later)
+    yield task
+
+
+def context(task: Signature) -> Context:
+    """Return what a result backend needs to know of a task that will not run."""
+    options, errbacks = task.options, maybe_list(task.options.get("link_error"))
+    request = Context(options, id=task.id, task=task.task, group=options.get("group_id"), delivery_info={})
+    request.update(errbacks=errbacks, correlation_id=task.id)
+    return request
 
 
 class FailingBackend(RPCBackend):
     """A result backend that reports a failure to all that wait for a later task."""
 
-    def _fail_chain(self, chain: Any, exc: Exception, *args: Any, **options: Any) -> None:
-        """Fail the steps of a chain after a failed one. Celery forgets a group, whose caller would wait."""
-        super()._fail_chain(chain, exc, *args, **options)
-        for step in (maybe_signature(step, app=self.app) for step in chain or ()):
-            for task in step.tasks if isinstance(step, group) else ():
-                self.fail(task, exc)
+    def mark_as_failure(self, task_id: str, exc: Exception, *args: Any, **options: Any) -> None:
+        """Report a failure.
+
+        Raises:
+            reliable.errors.UnreportedError: RabbitMQ cannot be reached, or accepts no messages.
+        """
+        try:
+            super().mark_as_failure(task_id, exc, *args, **options)
+        except UNREACHABLE as error:
+            if not is_outage(error):
+                raise
+            raise UnreportedError(str(error)) from error
+
+    def mark_as_retry(self, *args: Any, **options: Any) -> Any:
+        """Report a retry, if RabbitMQ can be reached: it is published, and must not be published twice."""
+        try:
+            return super().mark_as_retry(*args, **options)
+        except UNREACHABLE as error:
+            logger.warning("Cannot report a retry: %s", error)
 
     def mark_as_revoked(self, task_id: str, reason: str = "", request: Any = None, **options: Any) -> None:
         """Fail the steps of a chain after one that was revoked or came too late. Celery forgets them."""
@@ -38,17 +65,29 @@ class FailingBackend(RPCBackend):
         if request:
             self._fail_chain(request.chain, TaskRevokedError(reason))
 
+    def _fail_chain(self, chain: Any, exc: Exception, *args: Any, **options: Any) -> None:
+        """Fail the steps of a chain after a failed one. Celery forgets a group, whose caller would wait."""
+        super()._fail_chain(chain, exc, *args, **options)
+        for step in (maybe_signature(step, app=self.app) for step in chain or ()):
+            while isinstance(step, chord):
+                step = step.body  # noqa: PLW2901
+            if isinstance(step, (group, _chain)):
+                self.report(step, exc)
+
     def fail(self, task: Signature, error: Exception) -> None:
         """Report a failure to all that wait for a later task: caller, `link_error`, chain, another chord.
 
         Celery's own method for chords needs a running task, which the main process of a worker does not have.
         It also forgets the other chord.
         """
-        for later in inner_tasks(task):
-            self.fail(later, error)
-        options = task.options
-        request = Context(
-            options, id=task.id, task=task.task, group=options.get("group_id"), delivery_info={}
-        )
-        request.update(errbacks=maybe_list(options.get("link_error")), correlation_id=task.id)
-        self.mark_as_failure(task.id, error, request=request)
+        self.report(task, error)
+        for later in walk(task):
+            try:
+                self._call_task_errbacks(context(later), error, None)
+            except Exception:  # Otherwise the next ones would not be called
+                logger.exception("A link_error of %s cannot be called", later)
+
+    def report(self, task: Signature, error: Exception) -> None:
+        """Report a failure to all that wait for a later task, except its `link_error`."""
+        for later in walk(task):
+            self.mark_as_failure(later.id, error, request=context(later), call_errbacks=False)

@@ -66,6 +66,8 @@ def explained(name: str) -> Iterator[None]:
     try:
         yield
     except NotFound as error:
+        if "is down" not in str(error):  # It is the exchange that does not exist
+            raise
         raise OperationalError(f"RabbitMQ did not accept {name}: the node of its queue is down") from error
     except OperationalError as error:
         cause = error.__cause__

@@ -15,7 +15,7 @@ from celery.worker.consumer import Consumer
 from kombu.exceptions import ContentDisallowed
 
 from reliable.delivery import Message
-from reliable.errors import UNREACHABLE
+from reliable.errors import UnreportedError
 
 logger = get_logger(__name__)
 
@@ -71,7 +71,7 @@ class RefusesMessages(Consumer):
             return
         try:
             self.report(message, error)
-        except UNREACHABLE as unreported:
+        except UnreportedError as unreported:
             logger.critical("Cannot inform its caller, so RabbitMQ delivers it again: %s", unreported)
             message.requeue()
             return
@@ -83,7 +83,7 @@ class RefusesMessages(Consumer):
         """Report an error to the caller of a message and to its chord, and run the tasks of its `link_error`.
 
         Raises:
-            kombu.exceptions.OperationalError, amqp.AMQPError, OSError: RabbitMQ does not accept the report.
+            reliable.errors.UnreportedError: RabbitMQ does not accept the report.
         """
         reply_to, task_id = (message.properties.get(name) for name in ("reply_to", "correlation_id"))
         if not (isinstance(reply_to, str) and isinstance(task_id, str)):
@@ -112,4 +112,6 @@ class RefusesMessages(Consumer):
         name, task_id = (message.headers.get(header) for header in ("task", "id"))
         logger.error("Received unregistered task of type %r", name)
         self.refuse(message, NotRegistered(name))
+        if self.event_dispatcher:
+            self.event_dispatcher.send("task-failed", uuid=task_id, exception=f"NotRegistered({name!r})")
         signals.task_unknown.send(sender=self, message=message, exc=exc, name=name, id=task_id)

@@ -33,6 +33,7 @@ class ResultConsumer(CeleryResultConsumer):
 
     _connection: Any
     _consumer: Any
+    on_message: Any
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
@@ -113,7 +114,7 @@ class ResultConsumer(CeleryResultConsumer):
         self._consumer = self.Consumer(
             self._connection.default_channel,
             [self.backend.binding],
-            callbacks=[self.on_state_change, self.acknowledge],
+            callbacks=[self.acknowledge, self.on_state_change],
             accept=self.accept,
         )
         self.unacknowledged = 0
@@ -145,10 +146,11 @@ class ResultConsumer(CeleryResultConsumer):
             RuntimeError: `on_message` failed. Its own error could pass for a lost connection.
         """
         self.last_result = time.monotonic()
+        on_message, self.on_message = self.on_message, None
         try:
             super().on_state_change(meta, message)
-        except UNREACHABLE as error:
-            raise RuntimeError("on_message failed") from error
+        finally:
+            self.on_message = on_message
         self.received_at.pop(meta["task_id"], None)
         self.received_at[meta["task_id"]] = self.last_result
         if meta["status"] in READY_STATES:
@@ -161,3 +163,9 @@ class ResultConsumer(CeleryResultConsumer):
             self.unfinished.pop(task_id, None)
             with contextlib.suppress(KeyError):
                 del self._pending_messages[task_id]
+        # Last, as its error must not lose the state
+        try:
+            if on_message:
+                on_message(meta)
+        except UNREACHABLE as error:
+            raise RuntimeError("on_message failed") from error

@@ -78,17 +78,23 @@ class RPCBackend(ChordBackend):
                 self.receive()
             self.delete_queue_at_exit()  # Celery declares the queue to look into it
             meta = self.look_up(task_id, backlog_limit)
+            unfinished = self.result_consumer.unfinished.get(task_id)
             is_unknown = meta["status"] == states.PENDING
-            return self.result_consumer.unfinished.get(task_id, meta) if is_unknown else meta
+            return self.meta_from_decoded(dict(unfinished)) if unfinished and is_unknown else meta
 
     def receive(self) -> None:
         """Receive what is there, unless that was done just now: a group asks for each of its tasks."""
         now = time.monotonic()
         if now < self.receive_again:
             return
-        with contextlib.suppress(TimeoutError):
-            while time.monotonic() < now + 1:  # It returns then, even if results keep coming
-                self.result_consumer.drain_events(timeout=0.01)
+        for _ in range(2):  # If RabbitMQ has closed the connection of a program that was idle, connect again
+            timeout = 0.01 if self.result_consumer.is_consuming else 1
+            with contextlib.suppress(TimeoutError):
+                while time.monotonic() < now + 1:  # It returns then, even if results keep coming
+                    self.result_consumer.drain_events(timeout)
+                    timeout = 0.01
+            if self.result_consumer.is_consuming:
+                break
         self.receive_again = time.monotonic() + LOOK_AGAIN
 
     def _slurp_from_queue(self, *args: Any, **options: Any) -> Any:

@@ -78,12 +78,23 @@ def temporary(app: celery.Celery) -> dict[str, Any]:
     return dict(_TEMPORARY) if is_cluster(app) else {}
 
 
+def ensure_connection(app: celery.Celery, connection: Connection) -> None:
+    """Connect, to any node of the URL, and try for as long as a publish does.
+
+    Raises:
+        kombu.exceptions.OperationalError: RabbitMQ cannot be reached.
+    """
+    policy = {**app.conf.task_publish_retry_policy}
+    policy.pop("retry_errors", None)  # For a publish only
+    connection.ensure_connection(**policy)
+
+
 def is_out_of_reach(app: celery.Celery, queue: Queue) -> bool:
     """Declare a queue, and return whether that failed because its node in a cluster is down."""
     options = {"read_timeout": NODE_TIMEOUT}
     try:
         with app.connection_for_write(transport_options=options) as connection:
-            connection.ensure_connection(**app.conf.task_publish_retry_policy)
+            ensure_connection(app, connection)
             queue(connection.channel()).declare()
     except (NotFound, TimeoutError):
         logger.warning("The queue %s is out of reach: its RabbitMQ node is down", queue.name)

@@ -90,6 +90,12 @@ def kill_itself() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+@app.task(max_retries=0, acks_on_failure=True)
+def kill_itself_and_forget() -> None:
+    """Kill the process, and leave no dead letter."""
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
 @app.task(max_retries=0)
 def leave() -> None:
     """End the process, as a program of the command line does when its arguments are wrong."""

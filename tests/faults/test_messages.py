@@ -279,9 +279,43 @@ def test_an_error_of_on_message_reaches_the_caller(odd: Odd, error: str) -> None
     code = (
         "from kombu.exceptions import OperationalError\n"
         f"def complain(meta): raise {error}('nobody listens')\n"
-        "odd.size.delay('x').get(timeout=20, on_message=complain)"
+        "result = odd.size.delay('x')\n"
+        "try: result.get(timeout=20, on_message=complain)\n"
+        "except RuntimeError as error: print(error)\n"
+        "print(result.get(timeout=20))"
     )
-    assert "on_message failed" in odd.call(code).stderr
+    # And the result is not lost
+    assert odd.call(code).stdout == "on_message failed\n1\n"
+
+
+def test_a_state_can_be_asked_for_after_the_connections_were_closed(odd: Odd, session_node: Node) -> None:
+    # Given a caller that has had a result, and whose connections are closed before others come
+    code = (
+        "print(odd.size.delay('four').get(timeout=30))\n"
+        "results = [odd.size.apply_async(('x',), countdown=3) for _ in range(20)]\n"
+        "print(tasks.app.oid)\n"
+        "input()\n"
+        "print({result.state for result in results})"
+    )
+    with odd.start(code) as caller:
+        assert caller.stdout
+        assert caller.stdout.readline() == "4\n"
+        queue = caller.stdout.readline().strip()
+        session_node.control("close_all_connections", "-p", "odd", "a test")
+        until(lambda: depth(odd.url, queue) == 21)  # The first one was not acknowledged
+        # Then the first look finds them
+        assert caller.communicate("\n", timeout=60)[0] == "{'SUCCESS'}\n"
+
+
+def test_the_state_of_a_retry_has_its_error(odd: Odd) -> None:
+    code = (
+        "odd.size.delay('x').get(timeout=20)\n"
+        "result = tasks.charge_card.delay('an order', busy=1)\n"
+        "while result.state != 'RETRY': pass\n"
+        "print(repr(result.info))\n"
+        "result.get(timeout=20)"
+    )
+    assert odd.call(code).stdout == "GatewayBusyError('attempt 1 of an order: gateway busy')\n"
 
 
 def test_a_caller_that_waits_no_time_at_all(odd: Odd) -> None:
@@ -484,8 +518,9 @@ def test_a_time_limit_spares_a_task_the_brokers_time_out(tmp_path: Path) -> None
         ("tasks.unknown", b"[[], {}, {}]"),
         ("apps.odd.wait_with_a_limit", b"[[300], {}, {}]"),
         ("apps.odd.kill_itself", b"[[], {}, {}]"),
+        ("apps.odd.kill_itself_and_forget", b"[[], {}, {}]"),
     ],
-    ids=["not JSON", "unknown", "over its time limit", "killed"],
+    ids=["not JSON", "unknown", "over its time limit", "killed", "killed, and acknowledged when it fails"],
 )
 def test_what_a_worker_cannot_report_is_delivered_again(
     fresh: str, tmp_path: Path, task: str, body: bytes
@@ -509,7 +544,8 @@ def test_what_a_worker_cannot_report_is_delivered_again(
         take(fresh, "caller")
         # Then its caller is told later, it is a dead letter, and the worker runs
         assert take(fresh, "caller")[0].payload["status"] == "FAILURE"
-        assert take(fresh, "dead-letters")[0].headers["x-death"][0]["reason"] == "rejected"
+        if "forget" not in task:
+            assert take(fresh, "dead-letters")[0].headers["x-death"][0]["reason"] == "rejected"
         assert worker.running()
 
 

@@ -157,6 +157,31 @@ def test_a_failure_fails_the_chain_that_is_the_body(shop: Any, rabbitmq: str) ->
     take(rabbitmq, "dead-letters")
 
 
+def test_a_failure_fails_groups_that_follow_one_another(shop: Any, rabbitmq: str) -> None:
+    first, second = (group(shop.add.s(1), shop.add.s(2)) for _ in range(2))
+    result = (shop.ship.s("sofa", 9e9) | first | second).delay()
+    errors = [child.get(timeout=20, propagate=False) for child in result.results]
+    assert [str(error) for error in errors] == ["sofa: out of stock"] * 2
+    take(rabbitmq, "dead-letters")
+
+
+def test_each_member_of_a_body_is_told_though_a_link_error_cannot_be_called(shop: Any, rabbitmq: str) -> None:
+    # Given a group as body, and a link_error without an argument for the task that failed
+    total = shop.total.s().on_error(shop.worker_name.s("one", "two"))
+    result = chord([shop.ship.s("sofa", 9e9)], group(total, shop.total.s())).delay()
+    errors = [child.get(timeout=20, propagate=False) for child in result.results]
+    assert [type(error) for error in errors] == [ChordError] * 2
+    take(rabbitmq, "dead-letters")
+
+
+def test_a_body_for_an_exchange_that_does_not_exist_fails(shop: Any) -> None:
+    body = shop.total.s().set(exchange="no-such-exchange", routing_key="x")
+    result = chord(numbers(shop, 1, 2), body).delay()
+    result.get(timeout=20, propagate=False)
+    assert isinstance(result.result, ChordError)
+    assert "no exchange 'no-such-exchange'" in str(result.result)
+
+
 def test_a_revoked_task_fails_the_rest_of_its_chain(shop: Any) -> None:
     # Given a chain whose first task is revoked before it is due
     late = shop.add.s(1, 0).set(countdown=2)

@@ -94,6 +94,13 @@ def test_an_eta_across_a_change_of_clocks_is_not_an_hour_off() -> None:
     assert options == {"countdown": 13 * 60 * 60}
 
 
+def test_a_retry_policy_may_name_errors() -> None:
+    app = Celery("one", broker="memory://", set_as_current=False)
+    app.conf.task_publish_retry_policy = {"max_retries": 1, "retry_errors": (ValueError,)}
+    app.declare_topology_once()
+    assert app.topology_is_declared
+
+
 def test_a_forked_process_has_connections_of_its_own() -> None:
     app = Celery("one", broker="memory://", set_as_current=False)
 
