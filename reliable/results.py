@@ -19,7 +19,7 @@ from kombu.common import maybe_declare
 
 from reliable.chords import ChordBackend
 from reliable.errors import UNREACHABLE
-from reliable.result_consumer import ResultConsumer
+from reliable.result_consumer import RECONNECT, ResultConsumer
 
 #: How often to look again for the state of a task, a second later each time, when RabbitMQ reports an error.
 ATTEMPTS = 5
@@ -95,7 +95,8 @@ class RPCBackend(ChordBackend):
                     timeout = 0.01
             if self.result_consumer.is_consuming:
                 break
-        self.receive_again = time.monotonic() + LOOK_AGAIN
+        pause = LOOK_AGAIN if self.result_consumer.is_consuming else RECONNECT
+        self.receive_again = time.monotonic() + pause
 
     def _slurp_from_queue(self, *args: Any, **options: Any) -> Any:
         """Look into the reply queue, unless the consumer receives all that comes there."""

@@ -136,7 +136,7 @@ def test_a_body_that_cannot_be_called_fails(shop: Any) -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [["-c4", "broker_pool_limit=1"], ["--pool=threads", "-c20"]],
+    [["-c4", "broker_pool_limit=1"], ["--pool=threads", "-c20", "broker_pool_limit=2"]],
     ids=["one connection", "more threads than connections"],
 )
 def test_chords_in_a_worker_with_few_connections(fresh: str, tmp_path: Path, options: list[str]) -> None:
