@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from amqp import ConsumerCancelled, NotFound
+from amqp import ChannelError, ConsumerCancelled, NotFound
 from celery import states
 from celery.app.task import Context
 from celery.canvas import Signature, maybe_signature
@@ -159,10 +159,13 @@ class ChordBackend(FailingBackend):
         That task may die before it calls the body.
         """
         with self.app.amqp.producer_pool.acquire(block=True) as producer:
+            topology.ensure_connection(self.app, producer.connection)
             try:
                 with producer.connection.channel() as channel:
                     declared = queue(channel).queue_declare(passive=True)
-            except NotFound:  # The chord is complete
+            except ChannelError as error:
+                if str(error.reply_code) != "404":  # Not found: the chord is complete
+                    raise
                 return False
         return declared.message_count >= size or declared.consumer_count > 0
 

@@ -147,6 +147,7 @@ class ResultConsumer(CeleryResultConsumer):
         """
         self.last_result = time.monotonic()
         on_message, self.on_message = self.on_message, None
+        news = dict(meta)
         try:
             super().on_state_change(meta, message)
         finally:
@@ -166,6 +167,6 @@ class ResultConsumer(CeleryResultConsumer):
         # Last, as its error must not lose the state
         try:
             if on_message:
-                on_message(meta)
+                on_message(news)
         except UNREACHABLE as error:
             raise RuntimeError("on_message failed") from error
