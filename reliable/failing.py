@@ -30,7 +30,7 @@ def walk(task: Signature) -> Iterator[Signature]:
 
 def context(task: Signature) -> Context:
     """Return what a result backend needs to know of a task that will not run."""
-    options, errbacks = task.options, maybe_list(task.options.get("link_error"))
+    options, errbacks = task.options, maybe_list(task.options.get("link_error")) or []
     request = Context(options, id=task.id, task=task.task, group=options.get("group_id"), delivery_info={})
     request.update(errbacks=errbacks, correlation_id=task.id)
     return request

@@ -149,12 +149,18 @@ def test_chords_in_a_worker_with_few_connections(fresh: str, tmp_path: Path, opt
         assert python("-c", code, CELERY_BROKER_URL=fresh).stdout == "120\n"
 
 
-def test_a_failure_fails_the_chain_that_is_the_body(shop: Any, rabbitmq: str) -> None:
+def test_a_failure_fails_the_chain_that_is_the_body(shop: Any, worker: Worker, rabbitmq: str) -> None:
+    def complaints() -> int:
+        return worker.log.read_text().count("cannot be called")
+
+    before = complaints()
     workflow = group(shop.ship.s("sofa", 9e9), *numbers(shop, 1)) | shop.total.s() | shop.add_tax.s()
     result = workflow.delay()
     result.get(timeout=20, propagate=False)
     assert isinstance(result.result, ChordError)
     take(rabbitmq, "dead-letters")
+    # And nobody misses a link_error that there is not
+    assert complaints() == before
 
 
 def test_a_failure_fails_groups_that_follow_one_another(shop: Any, rabbitmq: str) -> None:
