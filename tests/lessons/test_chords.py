@@ -24,6 +24,13 @@ def numbers(shop: Any, *values: int) -> list[Any]:
     return [shop.add.s(value, 0) for value in values]
 
 
+def chord_error(result: Any, timeout: float = 20) -> str:
+    """Wait for a chord to fail, and return the text of the ChordError that its caller gets."""
+    result.get(timeout=timeout, propagate=False)
+    assert isinstance(result.result, ChordError)
+    return str(result.result)
+
+
 FORMS: dict[str, tuple[Callable[[Any], Any], Any]] = {
     "a list": (lambda shop: chord(numbers(shop, 1, 2, 3), shop.total.s()), 6),
     "a generator": (lambda shop: chord((shop.add.s(n, 0) for n in range(4)), shop.total.s()), 6),
@@ -109,9 +116,7 @@ def test_a_body_that_is_too_large_fails(shop: Any) -> None:
     accumulate = shop.app.tasks["celery.accumulate"]
     result = chord([accumulate.s("x" * 2_000_000) for _ in range(10)], accumulate.s()).delay()
     # Then the caller is told
-    result.get(timeout=60, propagate=False)
-    assert isinstance(result.result, ChordError)
-    assert "larger than configured max size" in str(result.result)
+    assert "larger than configured max size" in chord_error(result, 60)
 
 
 def test_a_part_that_is_too_large_fails_its_chord(shop: Any, rabbitmq: str) -> None:
@@ -120,18 +125,14 @@ def test_a_part_that_is_too_large_fails_its_chord(shop: Any, rabbitmq: str) -> N
     large = shop.count_words.s(text).set(ignore_result=True)
     result = chord([large, *numbers(shop, 1)], shop.total.s()).delay()
     # Then the caller of the chord is told
-    result.get(timeout=60, propagate=False)
-    assert isinstance(result.result, ChordError)
-    assert "larger than configured max size" in str(result.result)
+    assert "larger than configured max size" in chord_error(result, 60)
     take(rabbitmq, "dead-letters")
 
 
 def test_a_body_that_cannot_be_called_fails(shop: Any) -> None:
     # Given a body without an argument for the results
     result = chord(numbers(shop, 1, 2), shop.worker_name.s()).delay()
-    result.get(timeout=20, propagate=False)
-    assert isinstance(result.result, ChordError)
-    assert "positional argument" in str(result.result)
+    assert "positional argument" in chord_error(result)
 
 
 @pytest.mark.parametrize(
@@ -156,8 +157,7 @@ def test_a_failure_fails_the_chain_that_is_the_body(shop: Any, worker: Worker, r
     before = complaints()
     workflow = group(shop.ship.s("sofa", 9e9), *numbers(shop, 1)) | shop.total.s() | shop.add_tax.s()
     result = workflow.delay()
-    result.get(timeout=20, propagate=False)
-    assert isinstance(result.result, ChordError)
+    assert chord_error(result)
     take(rabbitmq, "dead-letters")
     # And nobody misses a link_error that there is not
     assert complaints() == before
@@ -183,9 +183,7 @@ def test_each_member_of_a_body_is_told_though_a_link_error_cannot_be_called(shop
 def test_a_body_for_an_exchange_that_does_not_exist_fails(shop: Any) -> None:
     body = shop.total.s().set(exchange="no-such-exchange", routing_key="x")
     result = chord(numbers(shop, 1, 2), body).delay()
-    result.get(timeout=20, propagate=False)
-    assert isinstance(result.result, ChordError)
-    assert "no exchange 'no-such-exchange'" in str(result.result)
+    assert "no exchange 'no-such-exchange'" in chord_error(result)
 
 
 def test_a_revoked_task_fails_the_rest_of_its_chain(shop: Any) -> None:
@@ -218,9 +216,7 @@ def test_a_failure_fails_the_chord(shop: Any, worker: Worker, rabbitmq: str, is_
     errback = shop.receipt.si(4200 + is_nested)
     result = chord([part, *numbers(shop, 2)], shop.total.s().on_error(errback)).delay()
     # Then its caller and its link_error are told, and its queue is deleted
-    result.get(timeout=20, propagate=False)
-    assert isinstance(result.result, ChordError)
-    assert "sofa: out of stock" in str(result.result)
+    assert "sofa: out of stock" in chord_error(result)
     until(lambda: f"You paid {42 + is_nested / 100:.2f} EUR" in worker.log.read_text())
     with pytest.raises(NotFound):
         until(lambda: depth(rabbitmq, f"chord-{result.parent.id}") is None, 5)
@@ -234,8 +230,7 @@ def test_a_revoked_task_fails_its_chord(shop: Any) -> None:
     shop.app.control.revoke(late.id)
     result = chord([late, *numbers(shop, 2)], shop.total.s()).delay()
     # Then the caller is told
-    result.get(timeout=20, propagate=False)
-    assert isinstance(result.result, ChordError)
+    assert chord_error(result)
 
 
 def test_a_task_that_a_worker_refuses_fails_its_chord(shop: Any, rabbitmq: str) -> None:
@@ -243,17 +238,14 @@ def test_a_task_that_a_worker_refuses_fails_its_chord(shop: Any, rabbitmq: str) 
     refused = shop.add.s(1, 0).set(time_limit="soon")
     result = chord([refused, *numbers(shop, 2)], shop.total.s()).delay()
     # Then the caller is told
-    result.get(timeout=20, propagate=False)
-    assert isinstance(result.result, ChordError)
+    assert chord_error(result)
     take(rabbitmq, "dead-letters")
 
 
 def test_a_task_that_no_worker_knows_fails_its_chord(shop: Any, rabbitmq: str) -> None:
     unknown = shop.app.signature("tasks.unknown")
     result = chord([unknown, *numbers(shop, 2)], shop.total.s()).delay()
-    result.get(timeout=20, propagate=False)
-    assert isinstance(result.result, ChordError)
-    assert "tasks.unknown" in str(result.result)
+    assert "tasks.unknown" in chord_error(result)
     take(rabbitmq, "dead-letters")
 
 
