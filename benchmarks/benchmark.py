@@ -336,12 +336,9 @@ def mebibytes(workers: list[psutil.Process]) -> float:
 # --- What is measured ---------------------------------------------------------------------------
 def publishing(contender: Contender, size: int, what: str = "") -> None:
     """Publish tasks with a payload of so many bytes."""
-    payload, figure = "x" * size, f"{what}publish in bulk, {size} B, tasks/s"
-    if contender.title == "this project":
-        rate = contender.rate_of("publish_unconfirmed", 4000, payload)
-        contender.note(figure, rate, row="… without confirms")
-    contender.note(f"{what}publish, {size} B, tasks/s", contender.rate_of("publish", 1000, payload))
-    contender.note(figure, contender.rate_of("publish_bulk", 4000, payload))
+    for way, function, number in (("publish", "publish", 1000), ("publish in bulk", "publish_bulk", 4000)):
+        rate = contender.rate_of(function, number, "x" * size)
+        contender.note(f"{what}{way}, {size} B, tasks/s", rate)
 
 
 def consuming(contender: Contender, size: int, what: str = "") -> None:

@@ -42,14 +42,6 @@ def publish_bulk(number: int, payload: str) -> None:
     app.publish_in_bulk(note.s(payload) for _ in range(number))
 
 
-def publish_unconfirmed(number: int, payload: str) -> None:
-    """Publish tasks as publish_in_bulk does, but for the confirms: what it could reach at most."""
-    with app.connection_for_write(transport_options={"confirm_publish": False}) as connection:
-        producer = app.amqp.Producer(connection.channel())
-        for _ in range(number):
-            note.apply_async((payload,), producer=producer)
-
-
 def publish_slow(number: int, first: int = 0) -> None:
     """Publish tasks of 20 ms, which know their number."""
     app.publish_in_bulk(note_slowly.s(one) for one in range(first, first + number))
