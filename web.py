@@ -53,7 +53,7 @@ def check_out_with_celery(order: UUID) -> tuple[str, int]:
     try:
         tasks.charge_card.apply_async((str(order), 0), task_id=f"{order} payment", link=work)
     except OperationalError:
-        return "The order was not taken. Please try again.", 503
+        return "Your order was not accepted. Please try again.", 503
     return "Thank you.", 202
 
 

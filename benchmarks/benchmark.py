@@ -136,7 +136,7 @@ class GivenNode(NamedTuple):
 
 
 # --- In a process of its own: one who publishes -------------------------------------------------
-def settle(environment: dict[str, str]) -> None:
+def prepare_process(environment: dict[str, str]) -> None:
     """Begin such a process."""
     os.environ.update(environment)
 
@@ -217,7 +217,7 @@ class Contender:
     def process(self) -> Iterator[Any]:
         """Give a new process in which functions can be called."""
         context = multiprocessing.get_context("spawn")
-        with context.Pool(1, settle, (self.environment,)) as pool:
+        with context.Pool(1, prepare_process, (self.environment,)) as pool:
             yield pool
             pool.close()
             pool.join()
@@ -373,7 +373,7 @@ def tiny_items(contender: Contender) -> None:
 def results(contender: Contender) -> None:
     """Collect the results of tasks, and of chords."""
     with contender.workers():
-        contender.ask("call", 1)  # The worker has started
+        contender.ask("call", 1)  # Wait for the worker
         contender.note("results: collected, tasks/s", contender.rate_of("collect", 1000, "x"))
         *_, seconds = contender.ask("call", 20)
         contender.note("results: round trip, ms", 1000 * statistics.median(seconds[10:]))

@@ -42,8 +42,7 @@ def publish_in_bulk(app: celery.Celery, signatures: Iterable[Signature], window:
             lost. The tasks before it are published.
         kombu.exceptions.EncodeError: an argument is not JSON. Tasks before it may be published.
     """
-    # Celery finds a setting sooner among those that were changed than among the defaults. A quarter of the
-    # publisher's time went into that.
+    # Celery finds a changed setting faster than a default. That took a quarter of the publisher's time.
     app.conf.update({name: app.conf[name] for name in LOOKED_UP})
     # With this option on, py-amqp waits after each message. Here the window waits.
     with app.connection_for_write(transport_options={"confirm_publish": False}) as connection:

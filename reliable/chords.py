@@ -68,9 +68,9 @@ class ChordBackend(FailingBackend):
     ) -> Queue:
         """Describe a queue that expires when it is not used.
 
-        It is bound to an exchange, though nobody publishes to it there. Without Khepri, RabbitMQ is certain
-        to have a new queue on disk only after the next change of this kind. When it was killed less than two
-        seconds after it had declared a queue, the queue and its messages were gone in 3 of 30 runs.
+        It is bound to an exchange, though nobody publishes to it there. Without Khepri a new queue is safe on
+        disk only after the next queue or binding is declared. When RabbitMQ was killed less than two seconds
+        after it had declared a queue, the queue and its messages were gone in 3 of 30 runs.
         """
         arguments = topology.temporary(self.app) | (arguments or {})
         return self.Queue(name, topology.TASKS, name, queue_arguments=arguments, **limits)
@@ -110,10 +110,10 @@ class ChordBackend(FailingBackend):
         """
         body, queue = dict(request.chord), self.chord_queue(request.group)
         size, shape = body.pop("chord_size"), body.pop("shape", None)
-        self.insist(self.add_part, queue, request, state, result)
-        self.insist(self.complete_in_turn, queue, size, body, shape)
+        self.retry_during_outage(self.add_part, queue, request, state, result)
+        self.retry_during_outage(self.complete_in_turn, queue, size, body, shape)
 
-    def insist(self, step: Callable[..., None], *args: Any) -> None:
+    def retry_during_outage(self, step: Callable[..., None], *args: Any) -> None:
         """Do a step, again and again while RabbitMQ cannot be reached."""
         while True:
             try:
@@ -172,8 +172,8 @@ class ChordBackend(FailingBackend):
     def complete(self, queue: Queue, size: int, body: Any, shape: list[Any] | None) -> None:
         """Take the parts of a chord. If none is missing, call the body, and delete the queue.
 
-        One is missing if another task holds it, or if a task has run twice. Then its second part is dropped,
-        and the others are requeued.
+        One is missing if another task holds it, or if a task has run twice. A second part is dropped, and the
+        others are requeued.
         """
         parts: dict[str, dict[str, Any]] = {}
 

@@ -21,7 +21,7 @@ HEADING = LINE.format(task="task", id="id", arguments="arguments", reason="reaso
 def select(
     letters: Iterable[DeadLetter], ids: tuple[str, ...], task: str | None = None, reason: str | None = None
 ) -> Iterator[DeadLetter]:
-    """Yield the dead letters of this task and reason whose id starts with one of these, or without ids all.
+    """Yield the dead letters by task, reason and start of the id. Without ids, yield all.
 
     The program exits at the end if there is no dead letter for one of the ids.
     """
@@ -55,7 +55,7 @@ def refuse_empty_id(
 
 
 one_task = click.option("--task", metavar="NAME", help="Only dead letters of this task, or of 'not a task'.")
-one_reason = click.option("--reason", help="Only dead letters of this reason: rejected, expired …")
+one_reason = click.option("--reason", help="Only dead letters with this reason: rejected, expired …")
 some_ids = click.argument("ids", nargs=-1, metavar="[ID]...", callback=refuse_empty_id)
 
 
@@ -97,7 +97,7 @@ def list_letters(context: click.Context, task: str | None, reason: str | None, a
 @click.argument("id_", metavar="ID")
 @click.pass_context
 def show(context: click.Context, id_: str) -> None:
-    """Show a whole dead letter as JSON: headers, arguments, and what RabbitMQ notes of its deaths.
+    """Show a whole dead letter as JSON: headers, arguments, and RabbitMQ's record of its deaths.
 
     The error is in the log of the worker.
     """
@@ -114,7 +114,7 @@ def show(context: click.Context, id_: str) -> None:
 def replay(context: click.Context, ids: tuple[str, ...], task: str | None, reason: str | None) -> None:
     """Run all dead letters again, or only the given ones. The first characters of an ID are enough.
 
-    Each goes back to the queue that it came from.
+    Each task goes back to the queue that it came from.
     """
     published, stuck = 0, []
     try:

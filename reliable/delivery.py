@@ -76,8 +76,8 @@ class Request(CeleryRequest):
 
     is_over_its_limit = False
     is_reporting = False
-    #: What acknowledges or rejects the message after a failure has been reported.
-    held: Callable[[], None] | None = None
+    #: What acknowledges or rejects the message once a failure has been reported.
+    held_step: Callable[[], None] | None = None
 
     def __init_subclass__(cls, **options: Any) -> None:
         """Change the class that Celery derives for each task.
@@ -125,35 +125,35 @@ class Request(CeleryRequest):
         self.is_over_its_limit = isinstance(error, TimeLimitExceeded)
         if self.is_over_its_limit and not return_ok:  # Its process is killed, and on_timeout comes next
             return
-        if isinstance(error, MemoryError):
-            self.reject(requeue=False)
-        with self.settled_afterwards(), contextlib.suppress(MemoryError):
+        with self.reporting_first(), contextlib.suppress(MemoryError):
+            if isinstance(error, MemoryError):
+                self.reject(requeue=False)
             super().on_failure(exc_info, send_failed_event, return_ok)
 
     def on_timeout(self, soft: bool, timeout: float) -> None:
         """Report a time limit to the caller. After the hard one the task becomes a dead letter."""
         self.is_over_its_limit = not soft
-        with self.settled_afterwards():
+        with self.reporting_first():
             super().on_timeout(soft, timeout)
 
     def acknowledge(self) -> None:
         """Acknowledge the message."""
-        self.settle(super().acknowledge)
+        self.do_when_reported(super().acknowledge)
 
     def reject(self, requeue: bool = False) -> None:
         """Reject the message. Celery would requeue a task over its hard limit forever."""
-        self.settle(partial(super().reject, requeue=requeue and not self.is_over_its_limit))
+        self.do_when_reported(partial(super().reject, requeue=requeue and not self.is_over_its_limit))
 
-    def settle(self, step: Callable[[], None]) -> None:
-        """Acknowledge or reject the message, after a failure has been reported."""
+    def do_when_reported(self, step: Callable[[], None]) -> None:
+        """Acknowledge or reject the message: now, or once a failure has been reported."""
         if self.is_reporting:
-            self.held = step
+            self.held_step = step
         else:
             step()
 
     @contextlib.contextmanager
-    def settled_afterwards(self) -> Iterator[None]:
-        """Acknowledge or reject the message after the failure is reported. Celery does it before.
+    def reporting_first(self) -> Iterator[None]:
+        """Report a failure, and then acknowledge or reject the message. Celery does it in the other order.
 
         If RabbitMQ does not accept the report, the message is requeued.
         """
@@ -162,14 +162,14 @@ class Request(CeleryRequest):
             yield
         except UnreportedError as error:
             logger.critical("Cannot inform the caller of %s, so RabbitMQ delivers it again: %s", self, error)
-            self.held = partial(super().reject, requeue=True)
+            self.held_step = partial(super().reject, requeue=True)
         except Exception:  # Odd parts of the message. Otherwise the worker process is never free again
             logger.exception("Handling the failure of a task failed as well")
-            self.held = partial(super().reject, requeue=False)
+            self.held_step = partial(super().reject, requeue=False)
         finally:
             self.is_reporting = False
-        if self.held:
-            self.held()
+        if self.held_step:
+            self.held_step()
 
     def cancel(self, pool: Any, signal: Any = None, emit_retry: bool = False) -> None:
         """Stop a task whose connection is lost. RabbitMQ delivers it again.

@@ -31,11 +31,11 @@ MEANINGS: list[tuple[type[Exception], str, str]] = [
 
 
 class UnreportedError(OperationalError):
-    """RabbitMQ cannot be reached, so the caller of a task does not know of its failure."""
+    """RabbitMQ cannot be reached, so the caller of a task is not informed of its failure."""
 
 
 def is_outage(error: Exception) -> bool:
-    """Return whether RabbitMQ cannot be reached or accepts no message now, and does not refuse this one."""
+    """Return whether RabbitMQ is away or accepts no messages, and did not just refuse this one."""
     refused = (AccessRefused, NotFound, PreconditionFailed)
     return isinstance(error, UNREACHABLE) and not isinstance(error, refused)
 

@@ -21,7 +21,7 @@ logger = get_logger(__name__)
 
 
 def walk(task: Signature) -> Iterator[Signature]:
-    """Yield a task, and those inside a chord, a group or a chain that come after its header."""
+    """Yield the tasks of a group or chain, or of the body of a chord, and then the whole."""
     inner = [task.body] if isinstance(task, chord) else getattr(task, "tasks", [])
     for later in inner:
         yield from walk(later)
@@ -29,7 +29,7 @@ def walk(task: Signature) -> Iterator[Signature]:
 
 
 def context(task: Signature) -> Context:
-    """Return what a result backend needs to know of a task that will not run."""
+    """Return what a result backend needs for a task that will not run."""
     options, errbacks = task.options, maybe_list(task.options.get("link_error")) or []
     request = Context(options, id=task.id, task=task.task, group=options.get("group_id"), delivery_info={})
     request.update(errbacks=errbacks, correlation_id=task.id)
@@ -53,7 +53,7 @@ class FailingBackend(RPCBackend):
             raise UnreportedError(str(error)) from error
 
     def mark_as_retry(self, *args: Any, **options: Any) -> Any:
-        """Report a retry, if RabbitMQ can be reached: it is published, and must not be published twice."""
+        """Report a retry, if RabbitMQ can be reached. An error would publish the retry twice."""
         try:
             return super().mark_as_retry(*args, **options)
         except UNREACHABLE as error:
@@ -88,6 +88,6 @@ class FailingBackend(RPCBackend):
                 logger.exception("A link_error of %s cannot be called", later)
 
     def report(self, task: Signature, error: Exception) -> None:
-        """Report a failure to all that wait for a later task, except its `link_error`."""
+        """Report a failure to all that wait for a later task. Call no `link_error`."""
         for later in walk(task):
             self.mark_as_failure(later.id, error, request=context(later), call_errbacks=False)

@@ -88,7 +88,7 @@ def report_block(_reason: str) -> None:
 def connect(app: celery.Celery) -> str:
     """Connect to RabbitMQ, declare the topology, and return the version and where it is.
 
-    If RabbitMQ does not answer, it fails within five seconds. Raises what a connection and
+    If RabbitMQ does not answer, this fails within five seconds. Raises what a connection and
     `app.declare_topology_once` raise.
     """
     limits = {"read_timeout": 1.5, "write_timeout": 1.5}  # Seconds: another program may listen on that port

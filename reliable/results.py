@@ -23,7 +23,7 @@ from reliable.result_consumer import RECONNECT, ResultConsumer
 
 #: How often to look again for the state of a task, a second later each time, when RabbitMQ reports an error.
 ATTEMPTS = 5
-#: How long after it looked for new states a program looks again, in seconds.
+#: How long a program waits before it looks for new states again, in seconds.
 LOOK_AGAIN = 0.02
 
 
@@ -51,7 +51,7 @@ class RPCBackend(ChordBackend):
 
     @property
     def binding(self) -> Queue:
-        """Describe the reply queue: it outlives a connection, and expires after its program has ended.
+        """Describe the reply queue: it outlives a connection, and expires when it is not used.
 
         The results in it expire as well. Otherwise it grows while a program never asks for them.
         """

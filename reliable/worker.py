@@ -86,7 +86,7 @@ class Consumer(AcknowledgesInGroups, RefusesMessages):
         super().update_strategies()
 
     def add_task_queue(self, queue: str, *args: Any, **options: Any) -> None:
-        """Consume from one more queue. Forget it if RabbitMQ refuses it, or the worker cannot reconnect."""
+        """Consume from one more queue. Forget one that RabbitMQ refuses: it would prevent a reconnect."""
         is_new = queue not in self.app.amqp.queues
         try:
             super().add_task_queue(queue, *args, **options)

@@ -93,7 +93,7 @@ def test_an_order_that_rabbitmq_does_not_take_is_refused(tmp_path: Path) -> None
         started = time.monotonic()
         with pytest.raises(HTTPError, match="503") as refused:
             server.check_out(uuid.uuid4())
-        assert refused.value.read().decode() == "The order was not taken. Please try again."
+        assert refused.value.read().decode() == "Your order was not accepted. Please try again."
         assert time.monotonic() - started < 5
 
 
