@@ -28,7 +28,7 @@ task_queues = [
     # A quorum queue: a cluster of RabbitMQ nodes keeps copies of it.
     # https://www.rabbitmq.com/docs/quorum-queues
     work_queue("default"),
-    # A classic queue, which lives on one node. Quorum queues have strict priorities since RabbitMQ 4.3 only.
+    # A classic queue, which lives on one node. Quorum queues have strict priorities only since RabbitMQ 4.3.
     # https://www.rabbitmq.com/docs/priority
     work_queue("priority", {"x-queue-type": "classic", "x-max-priority": 9}),
 ]

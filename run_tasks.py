@@ -37,7 +37,7 @@ from reliable.own_worker import own_worker
 from tasks import app
 
 TIMEOUT = 30  # How long a lesson waits for one answer, in seconds
-MESSAGE_SIZE = 16_000  # In characters; a text in a message then goes on to the end of its line
+MESSAGE_SIZE = 16_000  # In characters; a message then continues to the end of the line
 BROKER_ERRORS = (OperationalError, AMQPError, OSError, NoAnswer)
 Rows = list[dict[str, Any]]
 
