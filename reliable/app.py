@@ -14,7 +14,7 @@ from kombu import pools
 
 from reliable import bulk, publishing, topology
 from reliable.remote_control import Control
-from reliable.settings import SETTINGS
+from reliable.settings import LOOKED_UP, SETTINGS
 
 
 def add_settings(sender: celery.Celery, source: Any, **_: Any) -> None:
@@ -23,6 +23,14 @@ def add_settings(sender: celery.Celery, source: Any, **_: Any) -> None:
     Settings from `app.add_defaults()` override what an app reads from an object.
     """
     source.maps.insert(-1, copy.deepcopy(SETTINGS))  # An app may change them in place
+
+
+def speed_up_settings(sender: celery.Celery, source: Any, **_: Any) -> None:
+    """Put the settings that Celery looks up at each call where it finds them first: among the changed ones.
+
+    The search through all defaults took a quarter of the time of publishing in bulk.
+    """
+    source.update({name: source[name] for name in LOOKED_UP})
 
 
 def start_anew(app: "Celery | None") -> None:
@@ -56,6 +64,7 @@ class Celery(celery.Celery):
     def on_init(self) -> None:
         """Add the settings of this package and an option of `celery worker`, and prepare for a fork."""
         self.on_after_configure.connect(add_settings)
+        self.on_after_configure.connect(speed_up_settings)
         if hasattr(os, "register_at_fork"):  # Not on Windows
             reference = weakref.ref(self)
             os.register_at_fork(after_in_child=lambda: start_anew(reference()))

@@ -80,7 +80,8 @@ class ResultConsumer(CeleryResultConsumer):
                     self.drain_events(min(remaining, TURN))
             if on_interval:
                 on_interval()
-            yield
+            if not p.ready:
+                yield  # Celery then sleeps for a moment
 
     def drain_events(self, timeout: float | None = None) -> None:
         """Receive what comes within `timeout` seconds, and connect first if the connection was lost.

@@ -11,6 +11,14 @@ from reliable import topology
 
 _publish_retries = {"max_retries": 3, "interval_start": 0.2, "interval_step": 0.5, "interval_max": 1}
 
+#: The settings that Celery looks up anew at each call.
+LOOKED_UP = (
+    "broker_pool_acquire_timeout",
+    "task_always_eager",
+    "task_default_queue",
+    "task_repr_maxlevels",
+    "task_send_sent_event",
+)
 SETTINGS: dict[str, Any] = {
     # Where RabbitMQ is by default. Otherwise kombu warns again and again that it assumes this.
     "broker_url": "amqp://guest:guest@localhost:5672//",
