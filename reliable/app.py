@@ -26,11 +26,11 @@ def add_settings(sender: celery.Celery, source: Any, **_: Any) -> None:
 
 
 def speed_up_settings(sender: celery.Celery, source: Any, **_: Any) -> None:
-    """Put the settings that Celery looks up at each call where it finds them first: among the changed ones.
+    """Put the settings that Celery looks up at each call where it looks first, after those that were changed.
 
     The search through all defaults took a quarter of the time of publishing in bulk.
     """
-    source.update({name: source[name] for name in LOOKED_UP})
+    source.maps.insert(1, {name: source[name] for name in LOOKED_UP})
 
 
 def start_anew(app: "Celery | None") -> None:

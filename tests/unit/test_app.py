@@ -144,3 +144,12 @@ def test_other_apps_in_the_process_are_as_they_were() -> None:
     )
     finished = python("-c", code)
     assert finished.stdout == "True\n", finished.stderr
+
+
+def test_a_setting_can_be_changed_after_its_first_use() -> None:
+    app = Celery("changed")
+    assert not app.conf.task_always_eager
+    app.add_defaults({"task_always_eager": True})
+    assert app.conf.task_always_eager
+    app.conf.update(task_always_eager=False)
+    assert not app.conf.task_always_eager
