@@ -94,15 +94,15 @@ def list_letters(context: click.Context, task: str | None, reason: str | None, a
 
 
 @dead_letters.command()
-@click.argument("id_", metavar="ID")
+@some_ids
 @click.pass_context
-def show(context: click.Context, id_: str) -> None:
-    """Show a whole dead letter as JSON: headers, arguments, and RabbitMQ's record of its deaths.
+def show(context: click.Context, ids: tuple[str, ...]) -> None:
+    """Show whole dead letters as JSON: headers, arguments, and RabbitMQ's record of their deaths.
 
     The error is in the log of the worker.
     """
     with dead_letter_queue(context) as (app, channel):
-        for letter in select(read(app, channel), (id_,)):
+        for letter in select(read(app, channel), ids):
             click.echo(json.dumps(letter.everything(), indent=2, default=str))
 
 

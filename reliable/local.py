@@ -62,11 +62,14 @@ def find_or_start(app: celery.Celery, embedded: bool = False) -> Iterator[Run]:
 
 
 def run_until_exit(app: celery.Celery) -> None:
-    """Keep what `find_or_start` finds or starts until a web server ends. If RabbitMQ is named, do nothing."""
+    """Print what `find_or_start` finds or starts, and keep it until a web server ends.
+
+    If RabbitMQ is named, do nothing.
+    """
     if app.conf.broker_url == "memory://" or not names_rabbitmq():
         running = contextlib.ExitStack()
         atexit.register(running.close)
-        running.enter_context(find_or_start(app))
+        print(running.enter_context(find_or_start(app)).description, file=sys.stderr)
 
 
 def find_rabbitmq(app: celery.Celery) -> str:

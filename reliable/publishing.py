@@ -21,7 +21,7 @@ class QueueFullError(OperationalError):
 class Task(celery.Task):
     """The class of every task of `reliable.Celery`."""
 
-    Request = "reliable.delivery:Request"
+    Request: str | type = "reliable.delivery:Request"
     #: Whether logs, monitors and the list of dead letters hide the arguments.
     secret = False
     #: How long a retry waits, in seconds, including the retry of a task whose process was killed.

@@ -6,17 +6,16 @@ https://docs.celeryq.dev/en/stable/userguide/extending.html#consumer
 from typing import Any
 
 from amqp import AccessRefused, NotAllowed, PreconditionFailed
-from celery.app.task import Task as CeleryTask
 from celery.exceptions import WorkerShutdown
 from celery.utils.log import get_logger
 from celery.worker.consumer import Consumer as CeleryConsumer
 from kombu import Connection, Queue
+from kombu.utils.imports import symbol_by_name
 
 from reliable import topology
 from reliable.acknowledging import AcknowledgesInGroups
-from reliable.delivery import Message
+from reliable.delivery import Message, Request
 from reliable.errors import describe_error
-from reliable.publishing import Task
 from reliable.refusing import RefusesMessages
 from reliable.settings import SETTINGS
 
@@ -56,13 +55,14 @@ class Consumer(AcknowledgesInGroups, RefusesMessages):
 
     def warn_of_long_tasks(self) -> None:
         """Warn if RabbitMQ may deliver a task again while it still runs."""
-        longest = self.app.conf.task_time_limit or 0
+        longest = self.controller.time_limit or 0
         if longest <= SETTINGS["task_time_limit"]:
             return
         for name, queue in self.app.amqp.queues.consume_from.items():
-            if "x-consumer-timeout" not in (queue.queue_arguments or {}):
+            is_broadcast = queue.exchange.type == "fanout"
+            if not is_broadcast and "x-consumer-timeout" not in (queue.queue_arguments or {}):
                 logger.warning(
-                    "RabbitMQ delivers a task again after 30 minutes, and task_time_limit is %s s. "
+                    "RabbitMQ delivers a task again after 30 minutes, and the time limit is %s s. "
                     "For the queue %s, see the argument time_limit of work_queue()",
                     longest,
                     name,
@@ -79,10 +79,13 @@ class Consumer(AcknowledgesInGroups, RefusesMessages):
         return processes * self.prefetch_multiplier
 
     def update_strategies(self) -> None:
-        """Use the Request of this package for all tasks, including those of a class other than `Task`."""
+        """Use the Request of this package for all tasks, and add it to a Request of their own."""
         for task in self.app.tasks.values():
-            if task.Request == CeleryTask.Request:
-                task.Request = Task.Request
+            own = symbol_by_name(task.Request)
+            if issubclass(Request, own):
+                task.Request = Request
+            elif not issubclass(own, Request):
+                task.Request = type(own.__name__, (own, Request), {})
         super().update_strategies()
 
     def add_task_queue(self, queue: str, *args: Any, **options: Any) -> None:

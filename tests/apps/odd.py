@@ -11,6 +11,7 @@ from celery import current_task
 from celery.exceptions import TimeLimitExceeded
 from celery.signals import task_postrun
 from celery.worker.control import inspect_command
+from celery.worker.request import Request as CeleryRequest
 
 from reliable import Task
 from tasks import app
@@ -69,6 +70,22 @@ def wait_with_a_limit(seconds: float) -> float:
 @app.task(base=celery.Task, time_limit=1)
 def wait_as_a_plain_task() -> None:
     """Exceed the hard limit in a task of Celery's own class."""
+    time.sleep(30)
+
+
+class LoggedRequest(CeleryRequest):
+    """A class of its own for deliveries, as Celery's user guide describes it."""
+
+
+class LoggedTask(Task):
+    """A base class of its own."""
+
+    Request = LoggedRequest
+
+
+@app.task(base=LoggedTask, time_limit=1)
+def wait_as_a_logged_task() -> None:
+    """Exceed the hard limit in a task with its own classes."""
     time.sleep(30)
 
 

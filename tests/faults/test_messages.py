@@ -104,6 +104,13 @@ def test_a_retry_with_a_short_countdown_is_not_lost(odd: Odd) -> None:
     assert odd.call("print(odd.retry_soon.delay().get(timeout=20))").stdout == "1\n"
 
 
+def test_a_request_of_its_own_does_not_make_a_task_over_its_limit_run_again(odd: Odd) -> None:
+    failed = odd.call("odd.wait_as_a_logged_task.delay().get(timeout=20)")
+    assert "TimeLimitExceeded" in failed.stderr
+    take(odd.url, "dead-letters")
+    assert odd.log.read_text().count("exceeded for apps.odd.wait_as_a_logged_task") == 1
+
+
 def test_a_time_limit_runs_link_error_once(odd: Odd) -> None:
     before = odd.log.read_text().count("complained\n")
     failed = odd.call(

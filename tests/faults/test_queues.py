@@ -29,7 +29,7 @@ def test_a_long_task_runs_once_on_a_queue_with_a_longer_time_out(tmp_path: Path)
 
 
 def test_a_worker_warns_of_a_time_limit_that_rabbitmq_does_not_have(fresh: str, tmp_path: Path) -> None:
-    with Worker("tasks", fresh, tmp_path, "-c1", "task_time_limit=1800", **PATHS) as worker:
+    with Worker("tasks", fresh, tmp_path, "-c1", "--time-limit", "1800", **PATHS) as worker:
         assert "delivers a task again after 30 minutes" in worker.log.read_text()
 
 

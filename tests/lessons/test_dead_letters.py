@@ -165,6 +165,7 @@ def test_a_whole_letter_is_shown(fresh: str) -> None:
     assert shown["headers"]["task"] == "tasks.check_price"
     assert shown["headers"]["x-death"][0]["reason"] == "expired"
     assert shown["body"][0] == [0]
+    assert json.loads(dead_letters(fresh, "show").stdout)["headers"]["id"] == letter["id"]
     assert "No dead letter no-such-id" in what_is_wrong(dead_letters(fresh, "show", "no-such-id"))
 
 
