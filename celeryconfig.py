@@ -32,8 +32,8 @@ task_queues = [
     # https://www.rabbitmq.com/docs/priority
     work_queue("priority", {"x-queue-type": "classic", "x-max-priority": 9}),
 ]
-# Tasks go to the queue `default`, except these. Route by the name of the queue only: with a routing key,
-# a task with a countdown raises KeyError.
+# Tasks go to the queue `default`, except these. Route by the name of the queue only: a message with another
+# routing key goes to the queue `unrouted`.
 task_routes = {"tasks.serve_customer": {"queue": "priority"}}
 
 # --- Workers ------------------------------------------------------------------------------------

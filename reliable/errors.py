@@ -15,7 +15,8 @@ UNREACHABLE = (OperationalError, AMQPError, OSError)
 CHECK_RABBITMQ = "docker compose ps, or rabbitmqctl status"
 FIX_LOGIN = "correct the user, password and virtual host in .env; rabbitmqctl set_permissions grants rights"
 FIX_ARGUMENTS = (
-    "delete it once it is empty: celery -A APP amqp queue.delete NAME (or exchange.delete NAME no)"
+    "delete it once rabbitmqctl list_queues shows 0 messages: celery -A APP amqp queue.delete NAME "
+    "(or exchange.delete NAME no)"
 )
 
 #: What an error means, and how to fix it; the first that fits.
