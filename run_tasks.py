@@ -217,7 +217,7 @@ def priorities(run: Run) -> Rows:
     seconds = 0.5 + backlog / 100  # Every process is busy while the backlog is published
     for _ in range(run.processes):
         tasks.send_email.apply_async(("slow@example.com", seconds), queue="priority", ignore_result=True)
-    customers = [("customer", 0)] * backlog + [("urgent customer", 9)] * 4
+    customers = [("customer", 0)] * backlog + [("urgent customer", 9)] * 2
     results = [tasks.serve_customer.apply_async((name,), priority=value) for name, value in customers]
     done = collect(results)
     rows: Rows = []

@@ -1,9 +1,10 @@
 """RabbitMQ nodes for tests: each on free ports of the loopback interface, with a data folder of its own."""
 
 import contextlib
+import itertools
 import json
 import os
-import secrets
+import random
 import shutil
 import socket
 import subprocess
@@ -26,13 +27,25 @@ def clean_environment(**variables: str) -> dict[str, str]:
     return kept | {"PYTHON_DOTENV_DISABLED": "1"} | variables
 
 
-def free_port() -> int:
-    """Return a port of the loopback interface that nothing listens on.
+def candidate_ports() -> Iterator[int]:
+    """Yield ports without end. Two processes of pytest-xdist, which run side by side, never get the same one.
 
-    It is below the ports that the system gives to clients. Such a port could be taken before it is used.
+    All are below the ports that the system gives to clients. Such a port could be taken before it is used.
     """
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    ports = list(range(10_000 + worker, 32_768, workers))
+    random.SystemRandom().shuffle(ports)  # Whatever seed the tests have
+    return itertools.cycle(ports)
+
+
+PORTS = candidate_ports()
+
+
+def free_port() -> int:
+    """Return a port of the loopback interface that nothing listens on, and that was not returned before."""
     while True:
-        port = secrets.choice(range(10_000, 32_768))  # Whatever seed the tests have
+        port = next(PORTS)
         with contextlib.suppress(OSError), socket.socket() as free:
             free.bind(("127.0.0.1", port))
             return port
