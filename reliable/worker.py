@@ -49,7 +49,7 @@ class Consumer(AcknowledgesInGroups, RefusesMessages):
         pool = type(self.pool).__module__.rpartition(".")[2]  # Such as "prefork" or "thread"
         if pool == "solo":
             self.amqheartbeat = 0  # It cannot answer while a task runs; RabbitMQ would close the connection
-        if pool not in ("prefork", "gevent") and self.app.conf.task_time_limit:
+        if pool not in ("prefork", "gevent") and self.controller.time_limit:
             logger.warning("The %s pool has no time limits: a task that hangs is never stopped", pool)
         self.warn_of_long_tasks()
 
