@@ -255,7 +255,7 @@ def messages(url: str, node: Node) -> dict[str, int]:
     and a task that ran again may have sent its result again.
     """
     queues = node.queues("messages", url.rpartition("/")[2] or "/")
-    return {name: int(number) for name, number in queues.items() if int(number) and name.count("-") < 4}
+    return {name: int(number) for name, number in queues.items() if int(number) and name.count("-") != 4}
 
 
 # --- What is left -------------------------------------------------------------------------------
