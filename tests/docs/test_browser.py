@@ -103,9 +103,9 @@ def test_the_management_ui_shows_queues_dead_letters_and_nodes(
     until(queues_are_counted)
     page.check("#queues-filter-regex-mode")
     until(names_are_filtered)
+    page.select_option("#update-every", label="Do not refresh")  # It would replace the table
     page.locator("table.list").filter(has_text="dead-letters").first.screenshot(path=picture("queues.png"))
     # A dead letter
-    page.select_option("#update-every", label="Do not refresh")
     page.goto(f"{ui}#/queues/%2F/dead-letters")
     page.get_by_role("heading", name="Get messages").click()
     page.get_by_role("button", name="Get Message(s)").click()
