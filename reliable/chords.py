@@ -140,7 +140,8 @@ class ChordBackend(FailingBackend):
             "result": self.encode_result(result, state),
         }
         ran_before = (request.delivery_info or {}).get("redelivered") or request.retries
-        policy = self.retry_policy | ({"max_retries": 1} if ran_before else {})
+        may_be_half = ran_before and self.app.current_worker_task  # The main process must not wait
+        policy = self.retry_policy | ({"max_retries": 1} if may_be_half else {})
         deadline = time.monotonic() + HALF_DELETED
         while True:
             try:
@@ -149,7 +150,7 @@ class ChordBackend(FailingBackend):
                     producer.publish(part, routing_key=queue.name, delivery_mode=2, **publish)
                 return
             except UNREACHABLE as error:
-                if not ran_before or not is_outage(error):
+                if not may_be_half or not is_outage(error):
                     raise
             self.try_another_queue()
             if time.monotonic() > deadline:
