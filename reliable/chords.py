@@ -38,8 +38,10 @@ EXPIRES = 7 * 24 * 60 * 60
 #: How long a task waits for another one that has the parts, in seconds. RabbitMQ 3.10 sometimes keeps the
 #: consumer of a node that has died and is back, with its messages.
 PARTS_TIMEOUT = 5 * 60
-#: How long RabbitMQ must refuse the part of a task that ran before, and accept other messages, in seconds.
-HALF_DELETED = 60
+#: How often in a row RabbitMQ must refuse the part of a task that ran before, and accept another message.
+REFUSALS = 3
+#: How long RabbitMQ may take to confirm such a part, in seconds.
+REFUSED_AFTER = 5
 #: How many tasks a chord may have: RabbitMQ sends at most this many parts before one is acknowledged. Without
 #: this limit a quorum queue sends 2,000.
 MOST_PARTS = 65_535
@@ -130,8 +132,8 @@ class ChordBackend(FailingBackend):
     def add_part(self, queue: Queue, request: Context, state: str, result: Any) -> None:
         """Publish the part of a task.
 
-        A task that runs again may find half a queue: its chord is complete, and a node died while the queue
-        was deleted. RabbitMQ never accepts a message there. It deletes the rest.
+        A task that runs again may find half a queue: its chord is complete, and a node died while it deleted
+        the queue. RabbitMQ never accepts a message there, so the other half is deleted here.
         """
         part = {
             "index": request.group_index,
@@ -141,30 +143,32 @@ class ChordBackend(FailingBackend):
         }
         ran_before = (request.delivery_info or {}).get("redelivered") or request.retries
         may_be_half = ran_before and self.app.current_worker_task  # The main process must not wait
-        policy = self.retry_policy | ({"max_retries": 1} if may_be_half else {})
-        deadline = time.monotonic() + HALF_DELETED
-        while True:
+        publish = {"retry": True, "retry_policy": self.retry_policy, "serializer": self.serializer}
+        if may_be_half:
+            publish |= {
+                "retry_policy": self.retry_policy | {"max_retries": 1},
+                "confirm_timeout": REFUSED_AFTER,
+            }
+        for _ in range(REFUSALS):
             try:
                 with self.app.amqp.producer_pool.acquire(block=True) as producer:
-                    publish = {"retry": True, "retry_policy": policy, "serializer": self.serializer}
                     producer.publish(part, routing_key=queue.name, delivery_mode=2, **publish)
                 return
             except UNREACHABLE as error:
                 if not may_be_half or not is_outage(error):
                     raise
             self.try_another_queue()
-            if time.monotonic() > deadline:
-                logger.warning("RabbitMQ has only half of the queue %s, which is deleted", queue.name)
-                self.delete(queue)
-                return
             time.sleep(RETRY)
+        logger.warning("RabbitMQ has only half of the queue %s, which is deleted", queue.name)
+        self.delete(queue)
 
     def try_another_queue(self) -> None:
-        """Declare a queue, and delete it. Raises an error during an outage."""
+        """Publish to a new queue, and delete it. Raises an error during an outage."""
         with self.app.amqp.producer_pool.acquire(block=True) as producer:
             topology.ensure_connection(self.app, producer.connection)
-            queue = self.temporary_queue(f"chord-{uuid()}", expires=HALF_DELETED)(producer.channel)
+            queue = self.temporary_queue(f"chord-{uuid()}", expires=PARTS_TIMEOUT)(producer.channel)
             queue.declare()
+            producer.publish("", routing_key=queue.name, delivery_mode=2)
             queue.delete()
 
     def complete_in_turn(self, queue: Queue, size: int, body: Any, shape: list[Any] | None) -> None:
