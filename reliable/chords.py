@@ -21,7 +21,6 @@ from celery.exceptions import ChordError, SoftTimeLimitExceeded
 from celery.result import GroupResult
 from celery.utils.log import get_logger
 from kombu import Queue
-from kombu.utils.uuid import uuid
 
 from reliable import topology
 from reliable.errors import UNREACHABLE, is_outage
@@ -38,10 +37,6 @@ EXPIRES = 7 * 24 * 60 * 60
 #: How long a task waits for another one that has the parts, in seconds. RabbitMQ 3.10 sometimes keeps the
 #: consumer of a node that has died and is back, with its messages.
 PARTS_TIMEOUT = 5 * 60
-#: How often in a row RabbitMQ must refuse the part of a task that ran before, and accept another message.
-REFUSALS = 3
-#: How long RabbitMQ may take to confirm such a part, in seconds.
-REFUSED_AFTER = 5
 #: How many tasks a chord may have: RabbitMQ sends at most this many parts before one is acknowledged. Without
 #: this limit a quorum queue sends 2,000.
 MOST_PARTS = 65_535
@@ -130,46 +125,16 @@ class ChordBackend(FailingBackend):
                 time.sleep(RETRY)
 
     def add_part(self, queue: Queue, request: Context, state: str, result: Any) -> None:
-        """Publish the part of a task.
-
-        A task that runs again may find half a queue: its chord is complete, and a node died while it deleted
-        the queue. RabbitMQ never accepts a message there, so the other half is deleted here.
-        """
+        """Publish the part of a task."""
         part = {
             "index": request.group_index,
             "task_id": request.id,
             "state": state,
             "result": self.encode_result(result, state),
         }
-        ran_before = (request.delivery_info or {}).get("redelivered") or request.retries
-        may_be_half = ran_before and self.app.current_worker_task  # The main process must not wait
-        publish = {"retry": True, "retry_policy": self.retry_policy, "serializer": self.serializer}
-        if may_be_half:
-            publish |= {
-                "retry_policy": self.retry_policy | {"max_retries": 1},
-                "confirm_timeout": REFUSED_AFTER,
-            }
-        for _ in range(REFUSALS):
-            try:
-                with self.app.amqp.producer_pool.acquire(block=True) as producer:
-                    producer.publish(part, routing_key=queue.name, delivery_mode=2, **publish)
-                return
-            except UNREACHABLE as error:
-                if not may_be_half or not is_outage(error):
-                    raise
-            self.try_another_queue()
-            time.sleep(RETRY)
-        logger.warning("RabbitMQ has only half of the queue %s, which is deleted", queue.name)
-        self.delete(queue)
-
-    def try_another_queue(self) -> None:
-        """Publish to a new queue, and delete it. Raises an error during an outage."""
         with self.app.amqp.producer_pool.acquire(block=True) as producer:
-            topology.ensure_connection(self.app, producer.connection)
-            queue = self.temporary_queue(f"chord-{uuid()}", expires=PARTS_TIMEOUT)(producer.channel)
-            queue.declare()
-            producer.publish("", routing_key=queue.name, delivery_mode=2)
-            queue.delete()
+            publish = {"retry": True, "retry_policy": self.retry_policy, "serializer": self.serializer}
+            producer.publish(part, routing_key=queue.name, delivery_mode=2, **publish)
 
     def complete_in_turn(self, queue: Queue, size: int, body: Any, shape: list[Any] | None) -> None:
         """Complete a chord, if all parts are there and no other task does it."""
@@ -185,12 +150,7 @@ class ChordBackend(FailingBackend):
         error = ChordError("RabbitMQ does not redeliver the parts of the chord")
         logger.critical("%s %s", error, queue.name)
         self.fail(maybe_signature(body, app=self.app), error)
-        self.delete(queue)
-
-    def delete(self, queue: Queue) -> None:
-        """Delete the queue of a chord."""
         with self.app.amqp.producer_pool.acquire(block=True) as producer:
-            topology.ensure_connection(self.app, producer.connection)
             queue(producer.channel).delete()
 
     def may_be_complete(self, queue: Queue, size: int) -> bool:

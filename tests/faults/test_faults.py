@@ -7,7 +7,6 @@ publisher's to repeat: it is counted as refused. `-s` shows what each fault did.
 """
 
 import json
-import re
 import signal
 import subprocess
 import sys
@@ -440,37 +439,6 @@ def test_no_chord_waits_for_a_node_that_died_with_its_parts(cluster: list[Node],
             cluster[2].kill()
             # Then the second task calls the body
             assert caller.stdout.readline() == "3\n"
-    finally:
-        shop.worker.kill()
-
-
-def test_a_task_that_runs_again_is_not_held_by_half_a_queue(
-    fresh: str, session_node: Node, tmp_path: Path
-) -> None:
-    # Given a chord whose task runs; with two URLs its queue is a quorum queue
-    shop = Shop(f"{fresh};{fresh}", tmp_path)
-    shop.start_worker()
-    program = (
-        "from celery import chord\nimport tasks\nfrom apps import ledger\n"
-        "print(chord([ledger.linger.s(), tasks.add.s(2, 0)], tasks.total.s())().parent.id, flush=True)\n"
-    )
-    try:
-        with start_python("-c", program, CELERY_BROKER_URL=shop.url, **shop.variables) as caller:
-            assert caller.stdout
-            queue = f"chord-{caller.stdout.readline().strip()}"
-        until(lambda: depth(fresh, queue) == 1)
-        # When the worker dies, and RabbitMQ as well while it deletes that queue: its name is still there
-        shop.worker.kill()
-        host = fresh.rpartition("/")[2]
-        session_node.control(
-            "eval",
-            f'{{ok, Q}} = rabbit_amqqueue:lookup(rabbit_misc:r(<<"{host}">>, queue, <<"{queue}">>)), '
-            "{ok, _} = ra:delete_cluster([amqqueue:get_pid(Q)]).",
-        )
-        shop.start_worker()
-        # Then the task ends when it runs again
-        until(lambda: re.search(r"linger\[.* succeeded", (tmp_path / "worker.log").read_text()), 100)
-        assert queue not in session_node.queues("type", host)
     finally:
         shop.worker.kill()
 
