@@ -11,10 +11,10 @@ from reliable import topology
 
 _publish_retries = {"max_retries": 3, "interval_start": 0.2, "interval_step": 0.5, "interval_max": 1}
 
-#: The settings that Celery looks up anew at each call.
+#: Settings that Celery looks up anew at each call. `task_always_eager` is not among them: tests change it in
+#: the settings of Django.
 LOOKED_UP = (
     "broker_pool_acquire_timeout",
-    "task_always_eager",
     "task_default_queue",
     "task_repr_maxlevels",
     "task_send_sent_event",
@@ -60,7 +60,7 @@ SETTINGS: dict[str, Any] = {
     # --- Workers ---
     # Otherwise one worker hoards tasks that another could run, and urgent tasks wait behind them.
     "worker_prefetch_multiplier": 1,
-    # Otherwise a task runs twice at the same time after its worker has lost the connection.
+    # Otherwise each running task runs twice at the same time after its worker has lost the connection.
     "worker_cancel_long_running_tasks_on_connection_loss": True,
     # Otherwise a message that is not JSON is acknowledged, and so lost.
     "worker_consumer": "reliable.worker:Consumer",

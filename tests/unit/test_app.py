@@ -3,6 +3,7 @@
 import os
 import pickle
 from datetime import datetime
+from types import SimpleNamespace
 from zoneinfo import ZoneInfo
 
 import pytest
@@ -144,6 +145,15 @@ def test_other_apps_in_the_process_are_as_they_were() -> None:
     )
     finished = python("-c", code)
     assert finished.stdout == "True\n", finished.stderr
+
+
+def test_django_can_override_eager_mode_after_its_first_use() -> None:
+    settings = SimpleNamespace(CELERY_TASK_ALWAYS_EAGER=False)
+    app = Celery("django", set_as_current=False)
+    app.config_from_object(settings, namespace="CELERY")
+    assert not app.conf.task_always_eager
+    settings.CELERY_TASK_ALWAYS_EAGER = True  # As override_settings does
+    assert app.conf.task_always_eager
 
 
 def test_a_setting_can_be_changed_after_its_first_use() -> None:
