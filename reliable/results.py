@@ -147,4 +147,6 @@ class RPCBackend(ChordBackend):
             return
         away_or_closed = (*UNREACHABLE, RuntimeError)
         with contextlib.suppress(*away_or_closed), self.app.pool.acquire() as connection:
-            self.binding(connection.default_channel).delete()
+            queue = self.binding(connection.default_channel)
+            # RabbitMQ may have closed the connection
+            connection.ensure(queue, queue.delete, max_retries=1, interval_start=0)()

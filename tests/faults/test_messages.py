@@ -451,7 +451,17 @@ def test_a_caller_forgets_the_results_that_it_never_asks_for(odd: Odd) -> None:
 def test_a_caller_that_ends_leaves_no_queue(odd: Odd, session_node: Node, code: str) -> None:
     before = session_node.queues("messages", "odd")
     odd.call(code).check_returncode()
-    until(lambda: session_node.queues("messages", "odd").keys() == before.keys())
+    until(lambda: session_node.queues("messages", "odd").keys() <= before.keys())
+
+
+def test_a_caller_whose_connections_were_closed_leaves_no_queue(odd: Odd, session_node: Node) -> None:
+    before = session_node.queues("messages", "odd")
+    with odd.start("odd.size.delay('x')\nprint('called')\ninput()") as caller:
+        assert caller.stdout
+        assert caller.stdout.readline() == "called\n"
+        session_node.control("close_all_connections", "-p", "odd", "a test")
+        caller.communicate("\n", timeout=30)
+    until(lambda: session_node.queues("messages", "odd").keys() <= before.keys())
 
 
 def test_results_that_nobody_takes_expire_in_the_reply_queue(odd: Odd) -> None:
