@@ -36,10 +36,20 @@ TASKS = Exchange("tasks", "topic", arguments={"alternate-exchange": UNROUTED.exc
 #: The arguments of a quorum queue for tasks. The limit ends a task that kills its whole worker each time, and
 #: at-least-once keeps a dead letter from being lost on its way.
 QUORUM_QUEUE = QUORUM | {"x-delivery-limit": 20, "x-dead-letter-strategy": "at-least-once"}
+#: How long RabbitMQ waits by default for the acknowledgement of a message, in milliseconds.
+CONSUMER_TIMEOUT = 1_800_000
 #: How much later than the end of two tasks a worker may acknowledge the second, in milliseconds.
 ACKNOWLEDGING = 120_000
 #: How long to wait for the node of a classic queue, in seconds. Without a limit it can be a minute.
 NODE_TIMEOUT = 2
+
+
+def consumer_timeout(time_limit: float) -> float:
+    """Return how long RabbitMQ must wait for the acknowledgement of a task, in milliseconds.
+
+    Another task of the same worker process may run before it. Each takes at most `time_limit` seconds.
+    """
+    return 2000 * time_limit + ACKNOWLEDGING
 
 
 def work_queue(name: str, arguments: dict[str, Any] = QUORUM_QUEUE, time_limit: float | None = None) -> Queue:
@@ -50,8 +60,8 @@ def work_queue(name: str, arguments: dict[str, Any] = QUORUM_QUEUE, time_limit: 
             the delayed tasks of a queue `mail.low`.
         arguments: the optional arguments of the queue.
         time_limit: the longest `time_limit` of its tasks, in seconds, if that is above 14 minutes. RabbitMQ
-            then waits for the acknowledgement of one task and of another that runs before it. RabbitMQ has
-            had this argument since 3.12; for an older one, set `consumer_timeout` in rabbitmq.conf.
+            has supported `x-consumer-timeout` since 3.12; for an older one, set `consumer_timeout` in
+            rabbitmq.conf.
     """
     if "." in name:
         exit_now(f"The queue name {name!r} has a dot", "use another character, such as '-'")
@@ -60,7 +70,7 @@ def work_queue(name: str, arguments: dict[str, Any] = QUORUM_QUEUE, time_limit: 
         "x-overflow": "reject-publish",
     }
     if time_limit:
-        always["x-consumer-timeout"] = round(2000 * time_limit + ACKNOWLEDGING)
+        always["x-consumer-timeout"] = round(consumer_timeout(time_limit))
     return Queue(name, TASKS, routing_key=name, queue_arguments=always | arguments)
 
 

@@ -3,6 +3,7 @@
 https://docs.celeryq.dev/en/stable/userguide/extending.html#consumer
 """
 
+import math
 from typing import Any
 
 from amqp import AccessRefused, NotAllowed, PreconditionFailed
@@ -17,7 +18,6 @@ from reliable.acknowledging import AcknowledgesInGroups
 from reliable.delivery import Message, Request
 from reliable.errors import describe_error
 from reliable.refusing import RefusesMessages
-from reliable.settings import SETTINGS
 
 logger = get_logger(__name__)
 
@@ -55,17 +55,18 @@ class Consumer(AcknowledgesInGroups, RefusesMessages):
 
     def warn_of_long_tasks(self) -> None:
         """Warn if RabbitMQ may deliver a task again while it still runs."""
-        longest = self.controller.time_limit or 0
-        if longest <= SETTINGS["task_time_limit"]:
-            return
+        limit = self.controller.time_limit or math.inf
         for name, queue in self.app.amqp.queues.consume_from.items():
             is_broadcast = queue.exchange.type == "fanout"
-            if not is_broadcast and "x-consumer-timeout" not in (queue.queue_arguments or {}):
+            arguments = queue.queue_arguments or {}
+            timeout = arguments.get("x-consumer-timeout", topology.CONSUMER_TIMEOUT)
+            if not is_broadcast and timeout < topology.consumer_timeout(limit):
                 logger.warning(
-                    "RabbitMQ delivers a task again after 30 minutes, and the time limit is %s s. "
-                    "For the queue %s, see the argument time_limit of work_queue()",
-                    longest,
+                    "RabbitMQ delivers a task of the queue %s again after %d s, which is too soon for the "
+                    "time limit of %s s. See the argument time_limit of work_queue()",
                     name,
+                    timeout / 1000,
+                    limit,
                 )
 
     @property

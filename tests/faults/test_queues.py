@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import pytest
 from programs import PATHS, python
 
 from reliable.rabbitmq_node import Node, free_port
@@ -28,9 +29,21 @@ def test_a_long_task_runs_once_on_a_queue_with_a_longer_time_out(tmp_path: Path)
         assert worker.log.read_text().count("started\n") == 1
 
 
-def test_a_worker_warns_of_a_time_limit_that_rabbitmq_does_not_have(fresh: str, tmp_path: Path) -> None:
-    with Worker("tasks", fresh, tmp_path, "-c1", "--time-limit", "1800", **PATHS) as worker:
-        assert "delivers a task again after 30 minutes" in worker.log.read_text()
+@pytest.mark.parametrize(
+    ("app", "limit", "warning"),
+    [
+        ("tasks", "1800", "queue default again after 1800 s, which is too soon for the time limit of 1800"),
+        ("tasks", "0", "queue default again after 1800 s, which is too soon for the time limit of inf s"),
+        ("apps.long", "100", "queue long again after 160 s, which is too soon for the time limit of 100"),
+    ],
+    ids=["too long", "none", "longer than that of the queue"],
+)
+def test_a_worker_warns_of_a_time_limit_that_rabbitmq_does_not_have(
+    app: str, limit: str, warning: str, fresh: str, tmp_path: Path
+) -> None:
+    with Worker(app, fresh, tmp_path, "-c1", "--time-limit", limit, **PATHS) as worker:
+        assert warning in worker.log.read_text()
+        assert worker.log.read_text().count("which is too soon") == (2 if app == "tasks" else 1)
 
 
 def test_a_task_that_hangs_in_a_pool_without_time_limits_ends(tmp_path: Path) -> None:
