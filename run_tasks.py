@@ -186,7 +186,7 @@ def retries(run: Run) -> Rows:
     punctual = all(delay / 2 < wait < delay + 1.5 for delay, wait in zip((1, 2), waits, strict=True))
     expect(punctual, "waits of 1 and 2 s", waits)
     (again,) = collect([tasks.charge_card.delay(order, busy=0)])
-    expect("before" in again, "the same order to be charged once", again)
+    expect("before" in again, "the same order to be charged once (all workers must share its books)", again)
     return [*rows, {"charged again": again}]
 
 

@@ -92,8 +92,10 @@ def charge_card(self: Task, order: str, busy: int = 2, card: str = "4111 1111 11
 
 
 # A task can run twice: its worker may die after the payment, before it acknowledges the task. The number
-# of the order is the idempotency key: the books of the simulated gateway hold each number once.
-BOOKS = Path(tempfile.gettempdir(), f"simulated-gateway-{getattr(os, 'getuid', int)()}.sqlite3")
+# of the order is the idempotency key: the books of the simulated gateway hold each number once. They are a
+# file that all workers share. Workers on several machines would need a database instead.
+_default = Path(tempfile.gettempdir(), f"simulated-gateway-{getattr(os, 'getuid', int)()}.sqlite3")
+BOOKS = Path(os.environ.get("GATEWAY_BOOKS", _default))
 
 
 def charge_once(order: str) -> bool:

@@ -23,6 +23,9 @@ logger = get_logger(__name__)
 
 #: How often a worker looks for queues that were out of reach, in seconds.
 LOOK_AGAIN = 15
+#: How often a worker replaces processes that have died, in seconds. Celery looks as soon as a process dies,
+#: too early for about one in five, and then every five seconds.
+REPLACE = 0.5
 #: How often a worker forgets the time limits of tasks that ended, in seconds.
 SWEEP = 10
 
@@ -125,6 +128,8 @@ class Consumer(AcknowledgesInGroups, RefusesMessages):
             self.timer.call_after(LOOK_AGAIN, self.look_again)
         if self.hub:
             self.timer.call_repeatedly(SWEEP, self.sweep_timers)
+        if self.hub and hasattr(self.pool._pool, "maintain_pool"):  # Prefork
+            self.timer.call_repeatedly(REPLACE, self.pool._pool.maintain_pool)
         return connection
 
     def shut_down(self, error: Exception) -> None:

@@ -3,6 +3,7 @@
 import shlex
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,21 @@ class Multi(Worker):
         command = [sys.executable, "-m", "celery", "multi", "stopwait", *self.nodes]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL, timeout=60)
         return self
+
+
+def replaced(worker: psutil.Process, before: list[psutil.Process]) -> bool:
+    """Return whether a worker has one new process."""
+    return len({*worker.children()} - {*before}) == 1
+
+
+def test_a_killed_process_is_replaced_before_celery_looks_again(fresh: str, tmp_path: Path) -> None:
+    with Worker("tasks", fresh, tmp_path, "-c2", **PATHS) as worker:
+        assert worker.process
+        main = psutil.Process(worker.process.pid)
+        for _ in range(40):
+            before = main.children()
+            before[0].kill()
+            until(partial(replaced, main, before), 3)
 
 
 @pytest.mark.parametrize(

@@ -485,5 +485,7 @@ def test_containers_are_published_on_this_machine_and_can_do_little() -> None:
         assert services[name]["read_only"]
         assert services[name]["cap_drop"] == ["ALL"]
         assert "USER app" in services[name]["build"]["dockerfile_inline"]
+        (shared,) = services[name]["volumes"]
+        assert Path(services[name]["environment"]["GATEWAY_BOOKS"]).parent == Path(shared["target"])
     for name in brokers:
         assert re.fullmatch(r"rabbitmq:\d+\.\d+-management", services[name]["image"])

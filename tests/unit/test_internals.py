@@ -15,6 +15,7 @@ from celery.app.task import Context
 from celery.backends.asynchronous import AsyncBackendMixin, Drainer
 from celery.backends.rpc import ResultConsumer, RPCBackend
 from celery.bootsteps import StartStopStep
+from celery.concurrency.asynpool import AsynPool
 from celery.concurrency.base import BasePool
 from celery.concurrency.prefork import TaskPool
 from celery.loaders.app import AppLoader
@@ -62,6 +63,8 @@ NEEDED: list[tuple[str, Any, tuple[str, ...]]] = [
     ("worker", Consumer.Blueprint, ("default_steps",)),
     ("worker", Consumer, ("restart_count", "max_prefetch_count", "add_task_queue", "update_strategies")),
     ("worker", Timer(), ("queue", "enter_at")),
+    ("worker", BasePool, ("_pool",)),
+    ("worker", AsynPool, ("maintain_pool",)),
 ]
 
 

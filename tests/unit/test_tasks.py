@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from programs import python
 
 import tasks
 
@@ -36,6 +37,15 @@ def test_an_order_is_paid_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert tasks.charge_card("order 7", 0) == "order 7 paid at attempt 1"
     assert tasks.charge_card("order 7", 0) == "order 7 was paid before"
     assert tasks.charge_card("order 8", 0) == "order 8 paid at attempt 1"
+
+
+def test_workers_in_several_containers_share_the_books(tmp_path: Path) -> None:
+    paid = []
+    for container in "one", "two":
+        (tmp_path / container).mkdir()
+        places = {"TMPDIR": str(tmp_path / container), "GATEWAY_BOOKS": str(tmp_path / "books")}
+        paid += [python("-c", "import tasks; print(tasks.charge_card('order 7', 0))", **places).stdout]
+    assert paid == ["order 7 paid at attempt 1\n", "order 7 was paid before\n"]
 
 
 def test_the_gateway_is_busy_and_the_stock_empty() -> None:
