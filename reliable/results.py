@@ -147,6 +147,10 @@ class RPCBackend(ChordBackend):
             return
         away_or_closed = (*UNREACHABLE, RuntimeError)
         with contextlib.suppress(*away_or_closed), self.app.pool.acquire() as connection:
-            queue = self.binding(connection.default_channel)
-            # RabbitMQ may have closed the connection
-            connection.ensure(queue, queue.delete, max_retries=1, interval_start=0)()
+            try:
+                connection.drain_events(timeout=0.01)
+            except TimeoutError:
+                pass  # The connection is open, and nothing came
+            except UNREACHABLE:  # RabbitMQ has closed it
+                connection.ensure_connection(max_retries=1, interval_start=0)
+            self.binding(connection.default_channel).delete()
