@@ -147,6 +147,7 @@ class RPCBackend(ChordBackend):
             return
         away_or_closed = (*UNREACHABLE, RuntimeError)
         with contextlib.suppress(*away_or_closed), self.app.pool.acquire() as connection:
+            connection.ensure_connection(max_retries=1, interval_start=0)
             try:
                 connection.drain_events(timeout=0.01)
             except TimeoutError:

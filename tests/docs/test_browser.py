@@ -79,8 +79,7 @@ def test_flower_shows_the_workers_and_their_tasks(
 
 def photograph(table: Locator, path: Path) -> None:
     """Photograph the part of the page where a table is; every few seconds the page replaces the table."""
-    box = table.bounding_box()
-    assert box
+    box = until(table.bounding_box)  # None at the moment of the replacement
     table.page.screenshot(path=path, clip=box, full_page=True)
 
 
