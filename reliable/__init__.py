@@ -6,19 +6,19 @@
 
 The path of a task, and the module to read at each step:
 
-    settings         Celery's own settings that are safe by default
+    settings         Celery's settings, with safe defaults
     environment      where RabbitMQ is: the environment and `.env`
     publishing       a program calls a task; RabbitMQ confirms the message, or the caller gets an error
     bulk             the same for many tasks at a time
     topology         the exchanges and queues that the message goes through
     worker           a worker connects, and receives the message
-    refusing         it refuses what it cannot run
+    refusing         it refuses messages that it cannot run
     acknowledging    it acknowledges messages in groups
     alive            it touches a file, for a health check
-    delivery         a process runs the task; each way to fail ends in one place
+    delivery         a process runs the task; every kind of failure is handled in one place
     results          the result goes back to the caller
     chords           the results of a chord wait for its body
-    failing          a failure fails what was to come after it
+    failing          when a task fails, the tasks that should follow it fail as well
     result_consumer  the caller receives the result
     aio              a coroutine waits for it
     dead_letters     a task that failed is kept

@@ -1,6 +1,7 @@
 """Acknowledgements in groups, since RabbitMQ writes a group to disk in one go.
 
-It matters with a prefetch multiplier of 4 or more. `benchmarks/benchmark.py` measures the gain.
+It does so with a prefetch multiplier above 1. `benchmarks/benchmark.py` measures the gain, which is
+noticeable from about 4.
 """
 
 from collections import deque
@@ -15,10 +16,10 @@ DELAY = 0.01
 
 
 class AcknowledgesInGroups(Consumer):
-    """A consumer that holds an acknowledgement until there are several, or for a moment.
+    """A consumer that holds acknowledgements until it has several, or for at most DELAY.
 
-    No worker process waits for it: at most half of the messages that are prefetched for later are held, so
-    none with a prefetch multiplier of 1.
+    No worker process waits for this. The consumer holds acknowledgements for at most half of the messages
+    that are prefetched for later, so for none with a prefetch multiplier of 1.
     """
 
     def __init__(self, *args: Any, **options: Any) -> None:
@@ -43,7 +44,7 @@ class AcknowledgesInGroups(Consumer):
             self.held_acks.popleft()()
 
     def register_with_event_loop(self, hub: Any) -> None:
-        """Start with a new connection. What is held when the event loop ends is sent."""
+        """Forget the acknowledgements of the old connection. Send what is held when the event loop ends."""
         self.held_acks.clear()  # They belong to the previous connection
         hub.on_close.add(self.send_held_acks)
         super().register_with_event_loop(hub)

@@ -43,7 +43,7 @@ class Receiver:
                 self.consumer.drain_events(TURN)
             except TimeoutError:
                 pass
-            except Exception:  # A callback of another thread failed. Otherwise the coroutines wait forever
+            except Exception:  # A callback failed. If this thread ended, all coroutines would wait forever
                 logger.exception("A callback of a result failed")
             time.sleep(0.0001)  # Otherwise other threads would wait for the lock
 

@@ -20,13 +20,15 @@ from reliable.settings import LOOKED_UP, SETTINGS
 def add_settings(sender: celery.Celery, source: Any, **_: Any) -> None:
     """Let the settings of this package override Celery's defaults, and the app's settings override both.
 
-    Settings from `app.add_defaults()` override what an app reads from an object.
+    Settings from `app.add_defaults()` override settings that an app reads with `config_from_object()`.
     """
     source.maps.insert(-1, copy.deepcopy(SETTINGS))  # An app may change them in place
 
 
 def speed_up_settings(sender: celery.Celery, source: Any, **_: Any) -> None:
-    """Put the settings that Celery looks up at each call where it looks first, after those that were changed.
+    """Put the settings that Celery looks up at each call near the front of its search order.
+
+    Settings that an app has changed still come first.
 
     The search through all defaults took a quarter of the time of publishing in bulk.
     """
@@ -110,7 +112,7 @@ class Celery(celery.Celery):
             amqp.PreconditionFailed: the message is larger than RabbitMQ's max_message_size.
         """
         publishing.prepare(self, name, options)
-        # A worker has declared the topology
+        # In a worker, the topology is already declared
         if not self.current_worker_task:
             self.declare_topology_once()
         # A producer of `publish_in_bulk` has its own way to report errors

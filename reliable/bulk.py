@@ -34,7 +34,8 @@ def publish_in_bulk(app: celery.Celery, signatures: Iterable[Signature], window:
             lost. The tasks before it are published.
         kombu.exceptions.EncodeError: an argument is not JSON. Tasks before it may be published.
     """
-    # With this option on, py-amqp waits after each message. Here the window waits.
+    # With this option on, py-amqp waits after each message. Here `unconfirmed.wait()` waits, once the window
+    # is full.
     with app.connection_for_write(transport_options={"confirm_publish": False}) as connection:
         topology.ensure_connection(app, connection)
         unconfirmed = Unconfirmed(app, connection)
@@ -52,7 +53,7 @@ def publish_in_bulk(app: celery.Celery, signatures: Iterable[Signature], window:
 
 
 class BulkProducer(Producer):
-    """A producer that checks whether a queue is declared before it copies the queue, not after."""
+    """A producer that copies a queue only if the queue is not declared yet."""
 
     def maybe_declare(self, entity: Queue, *args: Any, **options: Any) -> Any:
         """Declare a queue, unless it was declared through this connection."""
@@ -104,7 +105,7 @@ class Unconfirmed:
 
     @contextlib.contextmanager
     def explained(self) -> Iterator[None]:
-        """Raise errors of publishing as one that names the first task that may be lost."""
+        """Turn an error of publishing into one that names the first task that may be lost."""
         errors = (OperationalError, *self.connection.connection_errors, *self.connection.channel_errors)
         try:
             yield

@@ -29,16 +29,17 @@ from reliable.publishing import QueueFullError
 
 logger = get_logger(__name__)
 
-#: How long a task waits before it tries again to add its part, or for more parts, in seconds.
+#: How long a task waits before it tries again to add its part, and how long it waits for further parts, in
+#: seconds.
 RETRY = 1
-#: How long a chord may take, in seconds: then its queue expires. Its tasks may wait for longer than
+#: How long a chord may take, in seconds. After that, its queue expires. Its tasks may wait for longer than
 #: `result_expires`.
 EXPIRES = 7 * 24 * 60 * 60
 #: How long a task waits for another one that has the parts, in seconds. RabbitMQ 3.10 sometimes keeps the
-#: consumer of a node that has died and is back, with its messages.
+#: consumer of a node that died and came back, and does not redeliver the consumer's messages.
 PARTS_TIMEOUT = 5 * 60
-#: How many tasks a chord may have: RabbitMQ sends at most this many parts before one is acknowledged. Without
-#: this limit a quorum queue sends 2,000.
+#: How many tasks a chord may have: RabbitMQ sends at most this many parts before one is acknowledged, the
+#: largest prefetch count. Without a prefetch count, a quorum queue sends only 2,000.
 MOST_PARTS = 65_535
 
 
@@ -48,7 +49,7 @@ def count_tasks(results: Iterable[Any]) -> int:
 
 
 def ids(results: Iterable[Any]) -> list[Any]:
-    """Return the ids of the tasks of these results, those of a group as a list of their own."""
+    """Return the ids of the tasks of these results. The ids of a group form a nested list."""
     return [ids(result) if isinstance(result, GroupResult) else result.id for result in results]
 
 
@@ -101,7 +102,7 @@ class ChordBackend(FailingBackend):
             producer.connection.ensure(queue, queue.declare, **self.app.conf.task_publish_retry_policy)()
 
     def on_chord_part_return(self, request: Context, state: str, result: Any, **_: Any) -> None:
-        """Add the part of a task to its chord. It waits for RabbitMQ, as a result does.
+        """Add the part of a task to its chord. Wait while RabbitMQ is unreachable, as for a result.
 
         Raises:
             amqp.PreconditionFailed: the part is too large. The task then fails.
@@ -114,7 +115,7 @@ class ChordBackend(FailingBackend):
         self.retry_during_outage(self.complete_in_turn, queue, size, body, shape)
 
     def retry_during_outage(self, step: Callable[..., None], *args: Any) -> None:
-        """Do a step, again and again while RabbitMQ cannot be reached."""
+        """Run a step, and repeat it while RabbitMQ cannot be reached."""
         while True:
             try:
                 return step(*args)
@@ -137,7 +138,7 @@ class ChordBackend(FailingBackend):
             producer.publish(part, routing_key=queue.name, delivery_mode=2, **publish)
 
     def complete_in_turn(self, queue: Queue, size: int, body: Any, shape: list[Any] | None) -> None:
-        """Complete a chord, if all parts are there and no other task does it."""
+        """Complete a chord, if all parts are there and no other task is completing it."""
         deadline = time.monotonic() + PARTS_TIMEOUT
         while self.may_be_complete(queue, size):
             if time.monotonic() > deadline:
@@ -154,7 +155,7 @@ class ChordBackend(FailingBackend):
             queue(producer.channel).delete()
 
     def may_be_complete(self, queue: Queue, size: int) -> bool:
-        """Return whether all parts of a chord are in its queue, or may be with a task that takes them.
+        """Return whether all parts of a chord are in its queue, or another task may be holding them.
 
         That task may die before it calls the body.
         """
@@ -172,8 +173,8 @@ class ChordBackend(FailingBackend):
     def complete(self, queue: Queue, size: int, body: Any, shape: list[Any] | None) -> None:
         """Take the parts of a chord. If none is missing, call the body, and delete the queue.
 
-        One is missing if another task holds it, or if a task has run twice. A second part is dropped, and the
-        others are requeued.
+        A part is missing if another task holds it, or if one task has run twice and its two parts were
+        counted. The duplicate is dropped, and the others are requeued.
         """
         parts: dict[str, dict[str, Any]] = {}
 
@@ -189,7 +190,8 @@ class ChordBackend(FailingBackend):
             topology.ensure_connection(self.app, connection)
             channel = connection.channel()
             channel.basic_qos(0, MOST_PARTS, False)
-            with contextlib.suppress(TimeoutError, ConsumerCancelled, NotFound):  # The queue is deleted
+            # Another task may delete the queue
+            with contextlib.suppress(TimeoutError, ConsumerCancelled, NotFound):
                 channel.basic_consume(queue.name, no_ack=False, consumer_tag="parts", callback=take)
                 while len(parts) < size:
                     connection.drain_events(timeout=RETRY)

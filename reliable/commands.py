@@ -21,7 +21,9 @@ HEADING = LINE.format(task="task", id="id", arguments="arguments", reason="reaso
 def select(
     letters: Iterable[DeadLetter], ids: tuple[str, ...], task: str | None = None, reason: str | None = None
 ) -> Iterator[DeadLetter]:
-    """Yield the dead letters by task, reason and start of the id. Without ids, yield all.
+    """Yield the dead letters that match the task, the reason and the start of an id.
+
+    A filter that is not given matches all.
 
     The program exits at the end if there is no dead letter for one of the ids.
     """
@@ -37,7 +39,9 @@ def select(
             yield letter
     if missing:
         names = ", ".join(sorted(missing))
-        exit_now(f"No dead letter {names}, or somebody else is reading it", "celery -A APP dead-letters list")
+        exit_now(
+            f"No dead letter {names}, or another command is reading it", "celery -A APP dead-letters list"
+        )
 
 
 @click.group("dead-letters")
@@ -54,14 +58,15 @@ def refuse_empty_id(
     return ids
 
 
-one_task = click.option("--task", metavar="NAME", help="Only dead letters of this task, or of 'not a task'.")
+TASK = "Only dead letters of this task. 'not a task' selects messages that are not tasks."
+one_task = click.option("--task", metavar="NAME", help=TASK)
 one_reason = click.option("--reason", help="Only dead letters with this reason: rejected, expired …")
 some_ids = click.argument("ids", nargs=-1, metavar="[ID]...", callback=refuse_empty_id)
 
 
 @contextlib.contextmanager
 def dead_letter_queue(context: click.Context) -> Iterator[tuple[celery.Celery, Any]]:
-    """Give the app of the command and a channel. Exit if something is wrong with RabbitMQ."""
+    """Yield the app of the command and a channel. Exit if something is wrong with RabbitMQ."""
     app = context.obj.app
     try:
         app.loader.import_default_modules()
@@ -97,7 +102,7 @@ def list_letters(context: click.Context, task: str | None, reason: str | None, a
 @some_ids
 @click.pass_context
 def show(context: click.Context, ids: tuple[str, ...]) -> None:
-    """Show whole dead letters as JSON: headers, arguments, and RabbitMQ's record of their deaths.
+    """Show whole dead letters as JSON: headers (with RabbitMQ's `x-death` record), properties and body.
 
     The error is in the log of the worker.
     """
@@ -129,7 +134,8 @@ def replay(context: click.Context, ids: tuple[str, ...], task: str | None, reaso
         click.echo(f"{published} published again")
         if stuck:
             first = "; ".join(stuck[:3]) + (" …" if len(stuck) > 3 else "")
-            exit_now(f"{len(stuck)} cannot go back: {first}", "add the queue to task_queues, or empty it")
+            fix = "add the missing queue to task_queues, or empty the full one"
+            exit_now(f"{len(stuck)} not published again: {first}", fix)
 
 
 @dead_letters.command()

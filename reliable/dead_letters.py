@@ -94,7 +94,7 @@ class DeadLetter:
         """Publish the task to the queue it came from. Delete the dead letter once RabbitMQ confirms that.
 
         Raises:
-            Stuck: its queue does not exist anymore, or is full.
+            Stuck: it did not come from a queue, the app does not have that queue, or the queue is full.
         """
         if not self.queue:
             raise Stuck("it did not come from a queue")
@@ -120,7 +120,7 @@ class DeadLetter:
 
 
 def shorten(text: object, width: int) -> str:
-    """Return a text of at most `width` characters, all of which can be printed."""
+    """Return at most `width` characters of a text, with '?' for each one that cannot be printed."""
     characters = [character if character.isprintable() else "?" for character in str(text)[: width + 1]]
     return "".join(characters if len(characters) <= width else [*characters[: width - 1], "\u2026"])
 

@@ -1,4 +1,4 @@
-"""One message in a worker, and where each way to fail ends.
+"""A message in a worker, and the one place that handles each kind of failure.
 
 https://docs.celeryq.dev/en/stable/userguide/tasks.html#requests-and-custom-requests
 """
@@ -54,7 +54,7 @@ def unpack(body: bytes, compression: str) -> bytes:
 
 
 class Message(AMQPMessage):
-    """A message, of which a worker unpacks no more than it can hold."""
+    """A message that a worker unpacks only up to the limit LARGEST."""
 
     body: bytes
 
@@ -76,7 +76,7 @@ class Request(CeleryRequest):
 
     is_over_its_limit = False
     is_reporting = False
-    #: What acknowledges or rejects the message once a failure has been reported.
+    #: The acknowledgement or rejection that is sent once the failure has been reported.
     held_step: Callable[[], None] | None = None
 
     def __init_subclass__(cls, **options: Any) -> None:
@@ -95,7 +95,7 @@ class Request(CeleryRequest):
         cls.on_success = on_success_or_exit
 
     def __init__(self, message: Any, **options: Any) -> None:
-        """Take a message.
+        """Check a message.
 
         Raises:
             celery.exceptions.InvalidTaskError: parts of it are not as Celery makes them. Later they would
@@ -106,16 +106,18 @@ class Request(CeleryRequest):
         if not isinstance(self.kwargs, dict):
             raise InvalidTaskError("the keyword arguments are not a mapping")
         if len(limits) != 2 or not all(isinstance(limit, (int, float, NoneType)) for limit in limits):
-            raise InvalidTaskError("the time limits are not two numbers")
+            raise InvalidTaskError("the time limits must be two numbers or None")
         if any(callable(getattr(Context, name, None)) for name in self.request_dict):
             raise InvalidTaskError("a header has the name of a method")
         if not isinstance(stamps, list) or not all(isinstance(stamp, str) for stamp in stamps):
-            raise InvalidTaskError("the stamped headers are not names")
+            raise InvalidTaskError("the stamped headers must be names")
         # Through the delay queues a task arrives when it is due. Otherwise it would wait in the worker
         # without an acknowledgement, and RabbitMQ would redeliver it after 30 minutes, again and again.
         latest = datetime.now(timezone.utc) + timedelta(seconds=LATEST_ETA)
         if self.eta and self.eta > latest and isinstance(message, Message):
-            raise InvalidTaskError("the eta is far away, and the task did not come through the delay queues")
+            raise InvalidTaskError(
+                "the eta is more than 15 minutes away, and the task did not come through the delay queues"
+            )
 
     def on_failure(self, exc_info: Any, send_failed_event: bool = True, return_ok: bool = False) -> None:
         """Keep a task that ran out of memory as a dead letter. Celery would end the whole worker."""
@@ -161,7 +163,7 @@ class Request(CeleryRequest):
         try:
             yield
         except UnreportedError as error:
-            logger.critical("Cannot inform the caller of %s, so RabbitMQ delivers it again: %s", self, error)
+            logger.critical("Cannot inform the caller of %s, so RabbitMQ will redeliver it: %s", self, error)
             self.held_step = partial(super().reject, requeue=True)
         except Exception:  # Odd parts of the message. Otherwise the worker process is never free again
             logger.exception("Handling the failure of a task failed as well")

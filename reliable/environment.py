@@ -1,4 +1,4 @@
-"""Where RabbitMQ is: variables of the environment and of `.env`, checked, as Celery's broker settings."""
+"""Read where RabbitMQ is from the environment and `.env`, check it, and turn it into Celery's settings."""
 
 import os
 import ssl
@@ -89,7 +89,7 @@ def check_url(variable: str, url: str) -> None:
     """Exit if one of the URLs, separated by ";", cannot be used."""
     fix = f"correct {variable} as .env.example shows"
     if variable == "CELERY_BROKER_URL":
-        fix += "; write a special character of a password as %XX"
+        fix += "; write a special character in a password as %XX"
     for part in url.split(";"):
         try:
             scheme, port = urlsplit(part).scheme, urlsplit(part).port

@@ -1,4 +1,4 @@
-"""What is wrong around a program, in two lines: what happened, and one thing that fixes it."""
+"""Error messages in two lines: what happened, and one thing that fixes it."""
 
 import ssl
 import sys
@@ -19,7 +19,7 @@ FIX_ARGUMENTS = (
     "(or exchange.delete NAME no)"
 )
 
-#: What an error means, and how to fix it; the first that fits.
+#: What an error means, and how to fix it. The first entry that fits is used.
 MEANINGS: list[tuple[type[Exception], str, str]] = [
     (ImproperlyConfigured, "A setting is wrong", "correct .env as .env.example shows"),
     (ImportError, "A setting is wrong", "correct .env as .env.example shows"),
@@ -36,7 +36,7 @@ class UnreportedError(OperationalError):
 
 
 def is_outage(error: Exception) -> bool:
-    """Return whether RabbitMQ is away or accepts no messages, and did not just refuse this one."""
+    """Return whether RabbitMQ is unreachable or accepts no messages, rather than refusing only this one."""
     refused = (AccessRefused, NotFound, PreconditionFailed)
     return isinstance(error, UNREACHABLE) and not isinstance(error, refused)
 

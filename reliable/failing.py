@@ -1,4 +1,4 @@
-"""A failed task fails what was to come after it: the rest of its chain, a group, the body of a chord.
+"""When a task fails, all that should follow it fails as well: the rest of its chain, the body of a chord.
 
 Every caller that waits for one of these gets the error.
 
@@ -21,7 +21,7 @@ logger = get_logger(__name__)
 
 
 def walk(task: Signature) -> Iterator[Signature]:
-    """Yield the tasks of a group or chain, or of the body of a chord, and then the whole."""
+    """Yield the tasks of a group, a chain or the body of a chord, and then the canvas itself."""
     inner = [task.body] if isinstance(task, chord) else getattr(task, "tasks", [])
     for later in inner:
         yield from walk(later)
@@ -53,7 +53,10 @@ class FailingBackend(RPCBackend):
             raise UnreportedError(str(error)) from error
 
     def mark_as_retry(self, *args: Any, **options: Any) -> Any:
-        """Report a retry, if RabbitMQ can be reached. An error would publish the retry twice."""
+        """Report a retry, if RabbitMQ can be reached.
+
+        If this raised an error, Celery would publish the retry twice.
+        """
         try:
             return super().mark_as_retry(*args, **options)
         except UNREACHABLE as error:

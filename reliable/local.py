@@ -1,4 +1,4 @@
-"""A broker and workers for one run of a program: those that are there, or its own."""
+"""A broker and workers for one run of a program: the running ones, or new ones."""
 
 import atexit
 import contextlib
@@ -36,7 +36,7 @@ class Run:
 
     @property
     def has_processes(self) -> bool:
-        """Return whether each worker runs its tasks in processes, of which one can be lost."""
+        """Return whether each worker runs its tasks in processes, so that it survives the death of one."""
         return all("prefork" in worker["pool"]["implementation"] for worker in self.workers.values())
 
 
@@ -62,9 +62,9 @@ def find_or_start(app: celery.Celery, embedded: bool = False) -> Iterator[Run]:
 
 
 def run_until_exit(app: celery.Celery) -> None:
-    """Print what `find_or_start` finds or starts, and keep it until a web server ends.
+    """Print what `find_or_start` finds or starts, and keep it running until the web server ends.
 
-    If RabbitMQ is named, do nothing.
+    If the environment names a RabbitMQ, do nothing.
     """
     if app.conf.broker_url == "memory://" or not names_rabbitmq():
         running = contextlib.ExitStack()
@@ -73,7 +73,7 @@ def run_until_exit(app: celery.Celery) -> None:
 
 
 def find_rabbitmq(app: celery.Celery) -> str:
-    """Return where RabbitMQ is, or "". Exit if it was named and is not there."""
+    """Return where RabbitMQ is, or "". Exit if the environment names it and it cannot be reached."""
     app.conf.broker_transport_options |= {"on_blocked": report_block}
     try:
         return connect(app)
@@ -105,7 +105,7 @@ def connect(app: celery.Celery) -> str:
 def find_workers(app: celery.Celery, *names: str) -> dict[str, Any]:
     """Return the statistics of each worker node that answers, by its name.
 
-    With names it waits up to five seconds for these nodes; without, a second for any.
+    With names, it waits up to five seconds for these nodes. Without names, it waits one second for any node.
     """
     inspect = app.control.inspect(list(names) or None, timeout=5 if names else 1, limit=len(names) or None)
     return inspect.stats() or {}

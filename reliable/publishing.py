@@ -42,7 +42,7 @@ def is_secret(app: celery.Celery, name: object) -> bool:
 
 
 def prepare(app: celery.Celery, name: str, options: dict[str, Any]) -> None:
-    """Change the options with which a task is published, where Celery's options do not suit RabbitMQ."""
+    """Adapt the options of a publish where they do not suit RabbitMQ."""
     if eta := options.pop("eta", None):
         eta = maybe_make_aware(maybe_iso8601(eta))
         options["countdown"] = subtract_datetimes(eta, app.now()).total_seconds()
@@ -57,7 +57,7 @@ def prepare(app: celery.Celery, name: str, options: dict[str, Any]) -> None:
 
 @contextlib.contextmanager
 def explained(name: str) -> Iterator[None]:
-    """Give the error of a refused task a text; Celery's has none.
+    """Give the error of a refused task a message. Celery's error has none.
 
     Raises:
         QueueFullError: the queue of the task of this name is full.
@@ -74,5 +74,6 @@ def explained(name: str) -> Iterator[None]:
         refused = f"RabbitMQ did not accept {name}"
         if isinstance(cause, MessageNacked):
             raise QueueFullError(f"{refused}: its queue is full") from error
-        reason = "it did not confirm in time" if isinstance(cause, TimeoutError) else error
+        late = "it did not confirm in time, so the task may still run"
+        reason = late if isinstance(cause, TimeoutError) else error
         raise OperationalError(f"{refused}: {reason}") from error

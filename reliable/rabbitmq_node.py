@@ -21,16 +21,17 @@ from typing_extensions import Self
 
 
 def clean_environment(**variables: str) -> dict[str, str]:
-    """Return the environment without the variables of RabbitMQ and Celery, and with these."""
+    """Return the environment without the variables of RabbitMQ and Celery, plus the given ones."""
     ours = ("CELERY_", "RABBITMQ_", "NO_COLOR")
     kept = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
     return kept | {"PYTHON_DOTENV_DISABLED": "1"} | variables
 
 
 def candidate_ports() -> Iterator[int]:
-    """Yield ports without end. Two processes of pytest-xdist, which run side by side, never get the same one.
+    """Yield ports endlessly. Two processes of pytest-xdist, which run side by side, never get the same one.
 
-    All are below the ports that the system gives to clients. Such a port could be taken before it is used.
+    All are below the range that the system assigns to clients. A client could take a port in that range
+    before the test uses it.
     """
     worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
     workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
@@ -71,7 +72,10 @@ class Program(Executor):
 
     @property
     def envvars(self) -> dict[str, str]:
-        """Return the given environment, with mirakuru's mark. By default it adds what `os.environ` has."""
+        """Return the given environment, with mirakuru's own variable.
+
+        By default, mirakuru also adds all of `os.environ`.
+        """
         marked = super().envvars
         if not self._envvars:
             return marked
@@ -123,7 +127,7 @@ class Node(Program):
         super().__init__(command, folder / "output", envvars=self.environment, timeout=60)  # Seconds
 
     def start(self) -> Self:
-        """Start the node; once more if it hangs, as one killed node of a cluster in some fifty does.
+        """Start the node. Start it once more if it hangs, as about one in fifty killed cluster nodes does.
 
         One reason: https://github.com/rabbitmq/rabbitmq-server/issues/6034
         """
@@ -162,9 +166,12 @@ class Node(Program):
         return {queue["name"]: queue[column] for queue in json.loads(listed)}
 
     def virtual_host(self, name: str) -> str:
-        """Create a virtual host, and return its URL: as isolated as a new RabbitMQ, and faster to create."""
+        """Create a virtual host, and return its URL.
+
+        A virtual host is as isolated as a new RabbitMQ, and faster to create.
+        """
         everything = '<<".*">>, <<".*">>, <<".*">>'
-        self.control(  # At once, as each rabbitmqctl costs half a second of processor time
+        self.control(  # In one call, since each rabbitmqctl costs half a second of processor time
             "eval",
             f'rabbit_vhost:add(<<"{name}">>, <<"test">>), rabbit_auth_backend_internal:set_permissions('
             f'<<"guest">>, <<"{name}">>, {everything}, <<"test">>).',

@@ -1,6 +1,6 @@
 """Messages that a worker cannot run: each becomes a dead letter, and its caller gets an error.
 
-Celery acknowledges such a message, so it is lost, or the worker ends.
+Celery either acknowledges such a message, so that it is lost, or ends the worker.
 """
 
 import contextlib
@@ -19,8 +19,9 @@ from reliable.errors import UnreportedError
 
 logger = get_logger(__name__)
 
-#: How many deliveries of any kind a message may have, as a multiple of `x-delivery-limit`. Since RabbitMQ 4.3
-#: a message that a worker requeues, or that outlasts the acknowledgement time-out, does not count there.
+#: How many deliveries of any kind a message may have, as a multiple of `x-delivery-limit`. Since RabbitMQ
+#: 4.3, that limit does not count a delivery that a worker requeues, or that outlasts the acknowledgement
+#: time-out.
 ACQUISITIONS = 5
 
 
@@ -28,7 +29,10 @@ class RefusesMessages(Consumer):
     """A consumer that turns what it cannot run into a dead letter, and reports the error to the caller."""
 
     def create_task_handler(self, *args: Any, **options: Any) -> Callable[[Message], None]:
-        """Return what receives a message, and refuses one that is odd. Celery would end the worker."""
+        """Return a function that receives messages, and refuses malformed ones.
+
+        With Celery's own function, such a message would end the worker.
+        """
         receive = super().create_task_handler(*args, **options)
 
         def on_task_received(message: Message) -> None:
@@ -72,7 +76,9 @@ class RefusesMessages(Consumer):
         try:
             self.report(message, error)
         except UnreportedError as unreported:
-            logger.critical("Cannot inform its caller, so RabbitMQ delivers it again: %s", unreported)
+            logger.critical(
+                "Cannot inform the caller of a refused message, so RabbitMQ will redeliver it: %s", unreported
+            )
             message.requeue()
             return
         except Exception:  # Odd parts of the message

@@ -1,4 +1,4 @@
-"""Remote control of workers, such as `celery inspect`: its queues, which come and go.
+"""The queues of remote control, which commands such as `celery inspect` use. They come and go.
 
 https://docs.celeryq.dev/en/stable/userguide/workers.html#remote-control
 """

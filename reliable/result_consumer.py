@@ -45,7 +45,8 @@ class ResultConsumer(CeleryResultConsumer):
         self.receiver: Any = None
         #: How many results are not acknowledged yet.
         self.unacknowledged = 0
-        #: Whether it receives all results, since the first `get()`. Then the queue has none for others.
+        #: Whether it has started to consume, at the first `get()`. From then on it receives all results, and
+        #: the queue holds none for other readers.
         self.has_started = False
         #: The last state of each task that has not ended, such as PROGRESS.
         self.unfinished: dict[str, dict[str, Any]] = {}
@@ -60,7 +61,7 @@ class ResultConsumer(CeleryResultConsumer):
         return self._consumer is not None
 
     def consume_from(self, task_id: str) -> None:
-        """Leave it to drain_events, which can wait for RabbitMQ."""
+        """Do nothing. `drain_events` starts to consume, since it can wait for RabbitMQ."""
 
     def drain_events_until(
         self, p: Any, timeout: float | None = None, on_interval: Callable[[], Any] | None = None
@@ -109,7 +110,8 @@ class ResultConsumer(CeleryResultConsumer):
         """Consume from the reply queue over a connection of its own.
 
         Heartbeats let both ends notice that a firewall has cut it. Otherwise this program receives nothing,
-        and RabbitMQ keeps sending. RabbitMQ also closes it while this program does not receive.
+        and RabbitMQ keeps sending. RabbitMQ also closes the connection if this program receives nothing for a
+        while, since then it sends no heartbeats.
         """
         self._connection = self.app.connection(heartbeat=self.app.conf.broker_heartbeat)
         self._consumer = self.Consumer(
@@ -141,7 +143,7 @@ class ResultConsumer(CeleryResultConsumer):
             super().stop()
 
     def on_state_change(self, meta: dict[str, Any], message: Message) -> None:
-        """Hand a state to those who wait for it, and forget old results that nobody has asked for.
+        """Pass a state to the callers that wait for it, and forget old results that nobody has asked for.
 
         Raises:
             RuntimeError: `on_message` failed. Its own error could pass for a lost connection.
@@ -165,7 +167,7 @@ class ResultConsumer(CeleryResultConsumer):
             self.unfinished.pop(task_id, None)
             with contextlib.suppress(KeyError):
                 del self._pending_messages[task_id]
-        # Last, as its error must not lose the state
+        # Call on_message last: if it fails, the state must not be lost
         try:
             if on_message:
                 on_message(news)

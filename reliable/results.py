@@ -21,7 +21,7 @@ from reliable.chords import ChordBackend
 from reliable.errors import UNREACHABLE
 from reliable.result_consumer import RECONNECT, ResultConsumer
 
-#: How often to look again for the state of a task, a second later each time, when RabbitMQ reports an error.
+#: How many times to look again for the state of a task when RabbitMQ reports an error, once a second.
 ATTEMPTS = 5
 #: How long a program waits before it looks for new states again, in seconds.
 LOOK_AGAIN = 0.02
@@ -41,7 +41,7 @@ class RPCBackend(ChordBackend):
 
     @property
     def retry_policy(self) -> dict[str, Any]:
-        """Return how often to publish a state again.
+        """Return how many times, and at what intervals, to publish a state again.
 
         A task waits for RabbitMQ as long as it takes, since a late result is better than an error. The main
         process of a worker has other work to do.
@@ -83,14 +83,14 @@ class RPCBackend(ChordBackend):
             return self.meta_from_decoded(dict(unfinished)) if unfinished and is_unknown else meta
 
     def receive(self) -> None:
-        """Receive what is there, unless that was done just now: a group asks for each of its tasks."""
+        """Receive the waiting results, unless that was done just now: a group asks for each of its tasks."""
         now = time.monotonic()
         if now < self.receive_again:
             return
         for _ in range(2):  # If RabbitMQ has closed the connection of a program that was idle, connect again
             timeout = 0.01 if self.result_consumer.is_consuming else 1
             with contextlib.suppress(TimeoutError):
-                while time.monotonic() < now + 1:  # It returns then, even if results keep coming
+                while time.monotonic() < now + 1:  # Not for longer, even if results keep coming
                     self.result_consumer.drain_events(timeout)
                     timeout = 0.01
             if self.result_consumer.is_consuming:
@@ -113,9 +113,9 @@ class RPCBackend(ChordBackend):
     def on_task_call(self, producer: Producer, task_id: str) -> None:
         """Declare the reply queue before the first call, and again after a lost connection.
 
-        Celery declares it at every call. Within a task there is none, as a task must not wait for another.
-        The queue expires if nobody consumes from it, so after half of `result_expires` without a result this
-        starts to consume.
+        Celery declares it at every call. A call within a task has no reply queue, since a task must not wait
+        for another. The queue expires if nobody consumes from it, so after half of `result_expires` without a
+        result, this method starts to consume.
         """
         if task_join_will_block():
             return

@@ -1,4 +1,4 @@
-"""Celery's settings that lose nothing, as the defaults of `reliable.Celery`.
+"""Settings that keep Celery from losing tasks: the defaults of `reliable.Celery`.
 
 The settings of an app override them, and so does an option of `celery worker` such as `task_acks_late=no`.
 

@@ -36,9 +36,9 @@ class Worker(Program):
     Args:
         app: what follows `-A`.
         url: the broker URL.
-        folder: where the log goes; the worker runs where the tests do.
+        folder: where the log goes; the worker runs in the current folder of the tests.
         arguments: further arguments of the command.
-        variables: for its environment.
+        variables: added to its environment.
     """
 
     def __init__(self, app: str, url: str, folder: Path, *arguments: str, **variables: str) -> None:

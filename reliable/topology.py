@@ -21,7 +21,7 @@ logger = get_logger(__name__)
 
 #: A queue with copies on several nodes of a cluster. https://www.rabbitmq.com/docs/quorum-queues
 QUORUM = {"x-queue-type": "quorum"}
-#: Since RabbitMQ 4.0 a quorum queue without a limit of its own drops a message that came back 20 times.
+#: Since RabbitMQ 4.0 a quorum queue without a limit of its own drops a message that was requeued 20 times.
 _KEEP = QUORUM | {"x-delivery-limit": 1_000_000}
 #: A queue that comes and goes with a program. When a node dies, RabbitMQ 4.3 holds back the messages of its
 #: consumers for a minute, or for this many milliseconds.
@@ -38,7 +38,7 @@ TASKS = Exchange("tasks", "topic", arguments={"alternate-exchange": UNROUTED.exc
 QUORUM_QUEUE = QUORUM | {"x-delivery-limit": 20, "x-dead-letter-strategy": "at-least-once"}
 #: How long RabbitMQ waits by default for the acknowledgement of a message, in milliseconds.
 CONSUMER_TIMEOUT = 1_800_000
-#: How much later than the end of two tasks a worker may acknowledge the second, in milliseconds.
+#: How long a worker may take, after two tasks have run, to acknowledge the second one, in milliseconds.
 ACKNOWLEDGING = 120_000
 #: How long to wait for the node of a classic queue, in seconds. Without a limit it can be a minute.
 NODE_TIMEOUT = 2
@@ -56,8 +56,8 @@ def work_queue(name: str, arguments: dict[str, Any] = QUORUM_QUEUE, time_limit: 
     """Describe a queue for tasks. It keeps the tasks that fail, and refuses messages when it is full.
 
     Args:
-        name: also the routing key. The program exits if it has a dot, since a queue `low` would also receive
-            the delayed tasks of a queue `mail.low`.
+        name: also the routing key. The program exits if the name has a dot, since a queue `low` would also
+            receive the delayed tasks of a queue `mail.low`.
         arguments: the optional arguments of the queue.
         time_limit: the longest `time_limit` of its tasks, in seconds, if that is above 14 minutes. RabbitMQ
             has supported `x-consumer-timeout` since 3.12; for an older one, set `consumer_timeout` in

@@ -36,8 +36,9 @@ class Consumer(AcknowledgesInGroups, RefusesMessages):
     class Blueprint(CeleryConsumer.Blueprint):
         """The steps in which a consumer starts.
 
-        It leaves out DelayedDelivery, which waits for each node that is down (the topology does its work),
-        and Gossip, which ends the worker at an event that it does not understand. It adds Alive.
+        It leaves out DelayedDelivery, which waits for each node that is down (`topology.declare` does its
+        work), and Gossip, which ends the worker when it receives an event that it does not understand. It
+        adds Alive.
         """
 
         default_steps = [  # noqa: RUF012  (as Celery declares it)
@@ -76,7 +77,8 @@ class Consumer(AcknowledgesInGroups, RefusesMessages):
     def max_prefetch_count(self) -> int:
         """Return how many messages to prefetch after a reconnect: enough for `--autoscale` to grow again.
 
-        Celery's own number is for the processes of that moment. With one of them the worker never grows.
+        Celery counts the processes that run at that moment. If there is only one, the worker never grows
+        again.
         """
         autoscaler = self.controller.autoscaler
         processes = autoscaler.max_concurrency if autoscaler else self.pool.num_processes

@@ -151,7 +151,7 @@ def test_a_message_that_a_worker_refuses_is_an_error_for_its_caller(odd: Odd) ->
         "stock.send_task('apps.odd.size', ('x',), **options).get(timeout=20)"
     )
     before = odd.log.read_text().count("complained\n")
-    assert "the eta is far away" in odd.call(code).stderr
+    assert "the eta is more than 15 minutes away" in odd.call(code).stderr
     take(odd.url, "dead-letters")
     until(lambda: odd.log.read_text().count("complained\n") == before + 1)
 
@@ -557,7 +557,7 @@ def test_what_a_worker_cannot_report_is_delivered_again(
         kind = {"content_type": "application/json", "content_encoding": "utf-8", "headers": headers}
         to = {"exchange": "tasks", "routing_key": "default", "reply_to": "caller", "correlation_id": "1"}
         producer.publish(body, **kind, **to)
-        until(lambda: "so RabbitMQ delivers it again" in worker.log.read_text())
+        until(lambda: "so RabbitMQ will redeliver it" in worker.log.read_text())
         take(fresh, "caller")
         # Then its caller is told later, it is a dead letter, and the worker runs
         assert take(fresh, "caller")[0].payload["status"] == "FAILURE"

@@ -72,7 +72,7 @@ def test_what_is_no_task_is_listed_without_its_control_characters(fresh: str) ->
     # They have no queue to go back to
     replayed = dead_letters(fresh, "replay")
     assert (replayed.returncode, replayed.stdout) == (2, "0 published again\n")
-    assert "2 cannot go back: not a task: it did not come from a queue; ?7: it did not" in replayed.stderr
+    assert "2 not published again: not a task: it did not come from a queue; ?7: it" in replayed.stderr
     assert depth(fresh, "dead-letters") == 2
 
 
@@ -94,7 +94,7 @@ def test_odd_headers_do_no_harm(fresh: str, headers: dict[str, Any]) -> None:
     (letter,) = listed(fresh)
     assert letter["count"] == 1
     assert "\x1b" not in str(letter)
-    assert "1 cannot go back: " in dead_letters(fresh, "replay").stderr
+    assert "1 not published again: " in dead_letters(fresh, "replay").stderr
     assert depth(fresh, "dead-letters") == 1
 
 
@@ -208,7 +208,7 @@ def test_named_dead_letters_are_replayed(fresh: str, tmp_path: Path) -> None:
         # Then these two run, though they are late, and the driver names the one
         assert replayed.stdout == "2 published again\n"
         assert replayed.returncode == 2
-        assert "No dead letter no-such-id, or somebody else is reading it" in what_is_wrong(replayed)
+        assert "No dead letter no-such-id, or another command is reading it" in what_is_wrong(replayed)
         until(lambda: depth(fresh, "default") == 0)
         assert [letter["id"] for letter in listed(fresh)] == [letters[1]["id"]]
 
