@@ -146,5 +146,5 @@ def die(task: Task, retval: Any, **_: Any) -> None:
     """Kill the process after the payment, and before its acknowledgement, in the first attempt."""
     if task.name == "tasks.charge_card":
         print(f"charge_card: {retval}", file=sys.stderr)
-        if not task.request.retries:
+        if "paid at attempt 1" in str(retval):
             os.kill(os.getpid(), signal.SIGKILL)
