@@ -147,11 +147,8 @@ class RPCBackend(ChordBackend):
             return
         away_or_closed = (*UNREACHABLE, RuntimeError)
         with contextlib.suppress(*away_or_closed), self.app.pool.acquire() as connection:
+            if connection.connected:
+                with contextlib.suppress(*UNREACHABLE):
+                    connection.drain_events(timeout=0.01)  # Notice if RabbitMQ has closed it
             connection.ensure_connection(max_retries=1, interval_start=0)
-            try:
-                connection.drain_events(timeout=0.01)
-            except TimeoutError:
-                pass  # The connection is open, and nothing came
-            except UNREACHABLE:  # RabbitMQ has closed it
-                connection.ensure_connection(max_retries=1, interval_start=0)
             self.binding(connection.default_channel).delete()

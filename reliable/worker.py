@@ -130,8 +130,8 @@ class Consumer(AcknowledgesInGroups, RefusesMessages):
             self.timer.call_after(LOOK_AGAIN, self.look_again)
         if self.hub:
             self.timer.call_repeatedly(SWEEP, self.sweep_timers)
-        if self.hub and hasattr(self.pool._pool, "maintain_pool"):  # Prefork
-            self.timer.call_repeatedly(REPLACE, self.pool._pool.maintain_pool)
+            if hasattr(self.pool._pool, "maintain_pool"):  # Prefork
+                self.timer.call_repeatedly(REPLACE, self.pool._pool.maintain_pool)
         return connection
 
     def shut_down(self, error: Exception) -> None:
