@@ -9,6 +9,7 @@ https://docs.celeryq.dev/en/stable/userguide/canvas.html#chords
 """
 
 import contextlib
+import itertools
 import time
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -97,9 +98,18 @@ class ChordBackend(FailingBackend):
             raise ValueError(f"a chord has at most {MOST_PARTS:,} tasks, got {body['chord_size']:,}")
         if any(isinstance(result, GroupResult) for result in results):  # A chain that ends in a group
             body["shape"] = ids(results)
+        attempts = itertools.count()
+
+        def declare() -> None:
+            # A node that died while it declared the queue may have left half of it, which RabbitMQ 4 calls
+            # declared, and which takes no part. It is still empty: no task has been published.
+            if next(attempts):
+                queue.delete()
+            queue.declare()
+
         with self.app.amqp.producer_pool.acquire(block=True) as producer:
             queue = self.chord_queue(group_id)(producer.channel)
-            producer.connection.ensure(queue, queue.declare, **self.app.conf.task_publish_retry_policy)()
+            producer.connection.ensure(queue, declare, **self.app.conf.task_publish_retry_policy)()
 
     def on_chord_part_return(self, request: Context, state: str, result: Any, **_: Any) -> None:
         """Add the part of a task to its chord. Wait while RabbitMQ is unreachable, as for a result.

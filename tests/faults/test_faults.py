@@ -413,6 +413,35 @@ def test_no_chord_is_lost_in_a_cluster_when_leaders_are_killed(cluster: list[Nod
     break_under_load(leaders_are_killed, shop, cluster, pace=0.3)
 
 
+def test_no_chord_gets_a_queue_that_a_dying_node_left_half_declared(cluster: list[Node]) -> None:
+    # Given a program that begins one chord after another
+    program = (
+        "import uuid\nfrom concurrent.futures import ThreadPoolExecutor\nfrom tasks import app\n"
+        "def begin(number):\n"
+        "    group = str(uuid.uuid4())\n"
+        "    app.backend.apply_chord((group, []), {})\n"
+        "    print(number)\n"
+        "    return app.backend.chord_queue(group).name\n"
+        "with ThreadPoolExecutor(8) as threads:\n"
+        "    queues = list(threads.map(begin, range(120)))\n"
+        "policy = app.conf.task_publish_retry_policy\n"
+        "with app.amqp.producer_pool.acquire() as producer:\n"
+        "    for queue in queues:\n"
+        "        producer.publish('a part', routing_key=queue, retry=True, retry_policy=policy)\n"
+        "print('all confirmed')\n"
+    )
+    url = ";".join(node.url for node in reversed(cluster))
+    with start_python("-c", program, CELERY_BROKER_URL=url) as caller:
+        assert caller.stdout
+        assert caller.stderr
+        # When its node dies
+        while caller.stdout.readline() != "40\n":
+            pass
+        cluster[2].kill()
+        # Then each of their queues takes a part
+        assert caller.stdout.read().endswith("all confirmed\n"), caller.stderr.read()
+
+
 def test_no_chord_waits_for_a_node_that_died_with_its_parts(cluster: list[Node], tmp_path: Path) -> None:
     # Given a chord whose second task is due later, and somebody who has taken the part of the first
     shop = Shop(";".join(node.url for node in cluster), tmp_path)
