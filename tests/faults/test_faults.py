@@ -420,7 +420,7 @@ def test_no_chord_gets_a_queue_that_a_dying_node_left_half_declared(cluster: lis
         "def begin(number):\n"
         "    group = str(uuid.uuid4())\n"
         "    app.backend.apply_chord((group, []), {})\n"
-        "    print(number)\n"
+        "    print(f'{number}\\n', end='')\n"
         "    return app.backend.chord_queue(group).name\n"
         "with ThreadPoolExecutor(8) as threads:\n"
         "    queues = list(threads.map(begin, range(120)))\n"
@@ -435,8 +435,7 @@ def test_no_chord_gets_a_queue_that_a_dying_node_left_half_declared(cluster: lis
         assert caller.stdout
         assert caller.stderr
         # When its node dies
-        while caller.stdout.readline() != "40\n":
-            pass
+        assert "40\n" in iter(caller.stdout.readline, "")
         cluster[2].kill()
         # Then each of their queues takes a part
         assert caller.stdout.read().endswith("all confirmed\n"), caller.stderr.read()
