@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from amqp import InternalError
 from kombu import Connection
 from mirakuru import ProcessExitedWithError, TimeoutExpired
 from mirakuru.base import Executor
@@ -142,7 +143,7 @@ class Node(Program):
         try:
             with Connection(self.url, connect_timeout=2) as connection:
                 connection.connect()
-        except OSError:
+        except (OSError, InternalError):  # InternalError: its virtual host is not up yet
             return False
         return True
 

@@ -289,7 +289,8 @@ def break_under_load(
         try:
             until(lambda: not messages(shop.url, nodes[0]), 20)
         except AssertionError:
-            raise AssertionError(f"not empty: {messages(shop.url, nodes[0])}") from None
+            left = messages(shop.url, nodes[0])
+            raise AssertionError(f"not empty: {left}; refused: {told['refused']}") from None
         accepted, refused = len(told["accepted"]), len(told["refused"])
         again = sum(count - 1 for count in shop.done().values())
         name = " ".join((fault.__name__, *shop.arguments))
