@@ -10,11 +10,11 @@ import click
 from amqp import AMQPError
 from kombu.exceptions import OperationalError
 
-from reliable.dead_letters import DeadLetter, Stuck, read
+from reliable.dead_letters import DeadLetter, Stuck, read, shorten
 from reliable.errors import describe_error, describe_failed_connection, exit_now
 
-#: One line of the list, for a terminal of 80 columns.
-LINE = "{task:<26.26} {id:<8.8} {arguments:<20.20} {reason:<9.9} {count:>5} {age:>7}"
+#: One line of the list, for a terminal of 80 columns. The name of a task is whole, since `--task` needs it.
+LINE = "{task:<26} {id:<8.8} {arguments:<20} {reason:<9.9} {count:>5} {age:>7}"
 HEADING = LINE.format(task="task", id="id", arguments="arguments", reason="reason", count="count", age="age")
 
 
@@ -95,7 +95,8 @@ def list_letters(context: click.Context, task: str | None, reason: str | None, a
             click.echo(HEADING)
         for letter in select(read(app, channel), (), task, reason):
             row = letter.summary()
-            click.echo(json.dumps(row) if as_json else LINE.format(**row))
+            line = {**row, "arguments": shorten(row["arguments"], 20)}
+            click.echo(json.dumps(row) if as_json else LINE.format(**line))
 
 
 @dead_letters.command()

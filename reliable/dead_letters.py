@@ -35,7 +35,7 @@ class DeadLetter:
         is_noted = isinstance(deaths, list) and deaths and isinstance(deaths[0], dict)
         self.death: dict[str, Any] = deaths[0] if is_noted else {}
         self.id = str(self.headers.get("id", ""))
-        self.task = shorten(self.headers.get("task", "not a task"), 40)
+        self.task = shorten(self.headers.get("task", "not a task"), 100)
         self.queue = str(self.death.get("queue", ""))
         self.reason = shorten(self.death.get("reason", "published here"), 16)
 

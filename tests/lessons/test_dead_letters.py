@@ -56,6 +56,17 @@ def test_dead_letters_are_listed(fresh: str) -> None:
     assert max(map(len, lines)) <= 80
 
 
+def test_the_list_has_the_whole_name_of_a_task(fresh: str) -> None:
+    dead_letters(fresh, "list").check_returncode()  # declares the queue
+    name = "shop.services.notifications.send_notification"
+    with Connection(fresh) as connection:
+        producer: Any = connection.Producer(exchange=Exchange("dead-letters", "fanout"))
+        producer.publish({}, headers={"task": name, "argsrepr": "('a@example.com', 'b@example.com')"})
+    _, line = dead_letters(fresh, "list").stdout.splitlines()
+    assert line.startswith(f"{name} ")
+    assert "('a@example.com', '… " in line
+
+
 def test_what_is_no_task_is_listed_without_its_control_characters(fresh: str) -> None:
     dead_letters(fresh, "list").check_returncode()  # declares the queue
     with Connection(fresh) as connection, connection.channel() as channel:

@@ -198,6 +198,12 @@ def test_a_wrong_password_and_a_wrong_virtual_host(rabbitmq: str) -> None:
         assert "Traceback" not in ended.stderr
 
 
+def test_an_argument_that_quorum_queues_do_not_have(fresh: str) -> None:
+    stopped = celery(fresh, "worker", "-lwarning", "-Psolo", "task_queue_max_priority=3")
+    assert stopped.returncode == 2
+    assert "Fix: remove it from the queue" in stopped.stderr
+
+
 def test_a_queue_with_other_arguments(fresh: str, tmp_path: Path) -> None:
     # Given a queue of the name of ours, as an older version of this project might have made it
     with Connection(fresh) as connection:
