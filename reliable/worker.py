@@ -134,6 +134,20 @@ class Consumer(AcknowledgesInGroups, RefusesMessages):
                 self.timer.call_repeatedly(REPLACE, self.pool._pool.maintain_pool)
         return connection
 
+    def on_close(self) -> None:
+        """Keep the tasks that a process has, but has not yet reported as started.
+
+        Celery forgets them when the worker stops or loses its connection. They run all the same, but are not
+        acknowledged, so RabbitMQ delivers them again. And the worker takes half a minute to stop: its
+        processes wait until it has read their results.
+        """
+        pool = self.pool._pool
+        if hasattr(pool, "_active_writers"):  # Prefork
+            for job in pool._cache.values():
+                if job._write_to and job._writer() not in pool._active_writers:  # The whole task is sent
+                    job._accepted = True
+        super().on_close()
+
     def shut_down(self, error: Exception) -> None:
         """End the worker, with the reason and a fix in its log."""
         logger.critical("%s\nFix: %s", *describe_error(error))

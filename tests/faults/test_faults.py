@@ -80,11 +80,11 @@ def everything(pid: int) -> list[psutil.Process]:
     return [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
 
 
-def end(worker: Worker, sign: signal.Signals) -> None:
-    """Send a worker's main process a signal, and wait until it is gone."""
+def end(worker: Worker, sign: signal.Signals, timeout: float = 40) -> None:
+    """Send a worker's main process a signal, and wait until it is gone, for so many seconds at most."""
     assert worker.process
     worker.process.send_signal(sign)
-    until(lambda: worker.process is None or worker.process.poll() is not None, 40)
+    until(lambda: worker.process is None or worker.process.poll() is not None, timeout)
 
 
 # --- Workers ------------------------------------------------------------------------------------
@@ -358,6 +358,25 @@ def test_a_container_that_is_stopped_loses_nothing(
         end(shop.worker, signal.SIGTERM)
         assert sorted(shop.done()) == list(range(10))
         assert shop.done().total() == 10 + repeated
+    finally:
+        shop.worker.kill()
+
+
+def test_a_worker_that_is_stopped_under_load_ends_at_once_and_repeats_nothing(
+    fresh: str, tmp_path: Path
+) -> None:
+    # Given a long queue of short tasks
+    shop = Shop(fresh, tmp_path)
+    shop.run("ledger.app.publish_in_bulk(ledger.note.s(number, 0) for number in range(4000))")
+    try:
+        for stop in range(1, 6):
+            # When a worker is stopped while it runs them
+            shop.start_worker()
+            shop.after(300 * stop)
+            end(shop.worker, signal.SIGTERM, 20)
+            # Then each task that has run is acknowledged
+            left = depth(fresh, "default")
+            assert shop.done().total() + left == 4000
     finally:
         shop.worker.kill()
 

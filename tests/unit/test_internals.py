@@ -9,6 +9,7 @@ import amqp
 import celery
 import pytest
 from amqp.connection import Connection as AMQPConnection
+from billiard.pool import ApplyResult
 from celery.app.amqp import AMQP
 from celery.app.control import Control
 from celery.app.task import Context
@@ -64,7 +65,9 @@ NEEDED: list[tuple[str, Any, tuple[str, ...]]] = [
     ("worker", Consumer, ("restart_count", "max_prefetch_count", "add_task_queue", "update_strategies")),
     ("worker", Timer(), ("queue", "enter_at")),
     ("worker", BasePool, ("_pool",)),
-    ("worker", AsynPool, ("maintain_pool",)),
+    ("worker", AsynPool, ("maintain_pool", "flush")),
+    ("worker", ApplyResult({}, None), ("_accepted", "_write_to")),
+    ("worker", Consumer, ("on_close",)),
 ]
 
 
