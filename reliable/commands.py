@@ -10,7 +10,7 @@ import click
 from amqp import AMQPError
 from kombu.exceptions import OperationalError
 
-from reliable.dead_letters import DeadLetter, Stuck, read, shorten
+from reliable.dead_letters import DeadLetter, Stuck, giving_back, read, shorten
 from reliable.errors import describe_error, describe_failed_connection, exit_now
 
 #: One line of the list, for a terminal of 80 columns. The name of a task is whole, since `--task` needs it.
@@ -68,16 +68,25 @@ some_ids = click.argument("ids", nargs=-1, metavar="[ID]...", callback=refuse_em
 def dead_letter_queue(context: click.Context) -> Iterator[tuple[celery.Celery, Any]]:
     """Yield the app of the command and a channel. Exit if something is wrong with RabbitMQ."""
     app = context.obj.app
+    if not hasattr(app, "declare_topology_once"):
+        exit_now("The command needs an app of reliable.Celery", "celery -A APP dead-letters …")
+    nobody_reads = False
     try:
         app.loader.import_default_modules()
         with app.connection_for_write() as connection:
             connection.ensure_connection(max_retries=1, interval_start=0)
             app.declare_topology_once()
-            with connection.channel() as channel:
-                yield app, channel
-    except BrokenPipeError:  # Nobody reads what is printed
-        raise
+            with connection.channel() as channel, giving_back(channel):
+                try:
+                    yield app, channel
+                except BrokenPipeError:
+                    nobody_reads = bool(connection.connected)  # Otherwise RabbitMQ's end is closed
+                    raise
+    except TimeoutError as error:
+        exit_now(*describe_error(error))
     except (OperationalError, OSError) as error:
+        if nobody_reads:  # What is printed
+            raise
         exit_now(*describe_failed_connection(app.connection_for_write(), error))
     except AMQPError as error:
         exit_now(*describe_error(error))

@@ -57,7 +57,7 @@ def describe_error(error: Exception) -> tuple[str, str]:
         return f"This kind of queue does not have the argument: {text}", FIX_ARGUMENT
     for kind, what, fix in MEANINGS:
         if isinstance(error, kind):
-            return f"{what}: {text}", fix
+            return f"{what}: {text}".removesuffix(": "), fix
     return f"The connection to RabbitMQ failed: {text}", CHECK_RABBITMQ
 
 

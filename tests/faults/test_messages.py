@@ -1,12 +1,14 @@
 """Messages, results and callers that go wrong: each ends where it is documented, and the worker goes on."""
 
+import json
 import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
-from kombu import Connection, Queue
+from kombu import Connection, Exchange, Queue
 from programs import PATHS, celery, python, start_python
 
 from reliable.rabbitmq_node import Node
@@ -596,3 +598,50 @@ def test_persistent_results_survive_a_restart_of_rabbitmq(
         node.start()
         # Then a persistent result is still there, and a transient one is lost
         assert caller.communicate("\n", timeout=60)[0].strip() == printed
+
+
+def test_dead_letters_that_were_looked_at_survive_a_restart_of_rabbitmq(node: Node) -> None:
+    # Given fifty dead letters, of which ten are discarded after somebody has looked at all
+    celery(node.url, "dead-letters", "list").check_returncode()  # Declares the queue
+    with Connection(node.url) as connection:
+        producer: Any = connection.Producer(exchange=Exchange("dead-letters", "fanout"))
+        for number in range(50):
+            producer.publish({}, headers={"id": str(number), "task": "old" if number >= 40 else "new"})
+    celery(node.url, "dead-letters", "list").check_returncode()
+    discarded = celery(node.url, "dead-letters", "discard", "--yes", "--task", "old")
+    assert discarded.stdout == "10 deleted\n"
+    # When RabbitMQ is restarted
+    node.stop()
+    node.start()
+    # Then the other forty are there
+    listed = celery(node.url, "dead-letters", "list", "--json").stdout.splitlines()
+    assert {json.loads(line)["id"] for line in listed} == {str(number) for number in range(40)}
+    assert len(listed) == 40
+
+
+def test_a_replay_that_is_cut_off_tells_why(fresh: str) -> None:
+    # Given a dead letter
+    celery(fresh, "dead-letters", "list").check_returncode()  # Declares the queue
+    with Connection(fresh) as connection:
+        producer: Any = connection.Producer(exchange=Exchange("dead-letters", "fanout"))
+        death = {"queue": "default", "reason": "rejected"}
+        producer.publish({}, headers={"id": "1", "task": "tasks.add", "x-death": [death]})
+    # When the connection breaks during a replay
+    code = (
+        "from celery.__main__ import main\nfrom reliable.dead_letters import DeadLetter\n"
+        "replay = DeadLetter.replay\n"
+        "def cut(self):\n"
+        "    self.message.channel.connection.transport.sock.shutdown(2)\n"
+        "    replay(self)\n"
+        "DeadLetter.replay = cut\nmain()\n"
+    )
+    ended = python("-c", code, "-A", "tasks", "dead-letters", "replay", CELERY_BROKER_URL=fresh)
+    # Then it ends with what happened, and a fix
+    assert ended.returncode == 2
+    assert ended.stderr.splitlines()[-1].startswith("Fix: ")
+
+
+def test_dead_letters_of_no_app() -> None:
+    finished = python("-m", "celery", "dead-letters", "list")
+    assert finished.returncode == 2
+    assert finished.stderr.splitlines()[-1] == "Fix: celery -A APP dead-letters …"
