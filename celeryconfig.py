@@ -40,8 +40,8 @@ task_routes = {"tasks.serve_customer": {"queue": "priority"}}
 # A worker reserves only as many tasks of each queue as it has processes. All others wait in the queue,
 # where another worker can take them, and urgent tasks overtake them.
 worker_prefetch_multiplier = 1
-# A task that takes longer than this many seconds is killed, and becomes a dead letter. RabbitMQ would
-# deliver it again after half an hour without an acknowledgement.
+# A task that takes longer than this many seconds is killed, and becomes a dead letter. Otherwise RabbitMQ
+# would redeliver it after half an hour, in which it may first wait for one other task.
 # https://www.rabbitmq.com/docs/consumers#acknowledgement-timeout
 task_time_limit = 14 * 60
 

@@ -76,7 +76,7 @@ def pack_order(self: Task, items: int, seconds: float = 0.1) -> int:
 
 # --- Retries ------------------------------------------------------------------------------------
 class GatewayBusyError(Exception):
-    """The payment gateway asks to try again later."""
+    """The payment gateway is busy: try again later."""
 
 
 # The first delay is 1 s. Without jitter the lesson can predict the others. In production keep Celery's
@@ -108,7 +108,7 @@ def charge_once(order: str) -> bool:
 # --- Scheduled work: once, or again and again by beat -------------------------------------------
 @app.task
 def remind(customer: str) -> float:
-    """Remind a customer of a full basket (simulated). Return when, in seconds since the epoch."""
+    """Remind a customer of a full basket (simulated). Return the time, in seconds since the epoch."""
     return time.time()
 
 
@@ -125,7 +125,7 @@ class OutOfStockError(Exception):
 
 @app.task
 def ship(item: str, in_stock_from: float) -> str:
-    """Ship an item that is in stock from this time on, in seconds since the epoch."""
+    """Ship an item that is in stock from a time on, in seconds since the epoch."""
     if time.time() < in_stock_from:
         raise OutOfStockError(f"{item}: out of stock")
     return f"{item}: shipped"
@@ -140,7 +140,7 @@ def draw_label(seconds: float) -> str:
 
 @app.task(time_limit=1)
 def draw_stubborn_label(seconds: float) -> str:
-    """Draw a label in code that nothing can interrupt. After a second, its process is killed."""
+    """Draw a label in code that nothing can interrupt (simulated). After a second, its process is killed."""
     time.sleep(seconds)
     return "label"
 

@@ -1,4 +1,4 @@
-"""The checkout page of the shop: its slow work done one after another, or handed to Celery.
+"""The checkout page of the shop. It does its slow work before it answers, or hands the work to Celery.
 
 $ pip install -e '.[web]'
 $ CELERY_RESULT_BACKEND=db+sqlite:///results.sqlite flask --app web run
@@ -30,7 +30,7 @@ def page() -> str:
 
 @app.post("/orders/<uuid:order>/slow")
 def check_out_one_after_another(order: UUID) -> str:
-    """Do all the work before the page answers."""
+    """Charge the card and send the e-mails before the page answers."""
     tasks.charge_card(str(order), busy=0)
     for email in EMAILS:
         tasks.send_email(email)
@@ -38,7 +38,7 @@ def check_out_one_after_another(order: UUID) -> str:
 
 
 def work_after_payment(order: UUID) -> dict[str, Signature]:
-    """Return the tasks of an order by name. Their ids follow from its number, so any process finds them."""
+    """Return the tasks of an order by name. Their ids name the order, so any process can ask for them."""
     work = {"parcel": tasks.pack_order.si(10, 0.3)}
     work |= {f"e-mail {number}": tasks.send_email.si(email) for number, email in enumerate(EMAILS, 1)}
     for name, task in work.items():
