@@ -144,7 +144,8 @@ class Consumer(AcknowledgesInGroups, RefusesMessages):
         pool = self.pool._pool
         if hasattr(pool, "_active_writers"):  # Prefork
             for job in pool._cache.values():
-                if job._write_to and job._writer() not in pool._active_writers:  # The whole task is sent
+                is_sent = job._write_to and job._writer() not in pool._active_writers
+                if is_sent and job not in pool.outbound_buffer:  # Not to be sent again
                     job._accepted = True
         super().on_close()
 
