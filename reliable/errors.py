@@ -18,7 +18,6 @@ FIX_ARGUMENTS = (
     "delete it once rabbitmqctl list_queues shows 0 messages: celery -A APP amqp queue.delete NAME "
     "(or exchange.delete NAME no)"
 )
-FIX_ARGUMENT = "remove it from the queue; x-max-priority may come from the setting task_queue_max_priority"
 
 #: What an error means, and how to fix it. The first entry that fits is used.
 MEANINGS: list[tuple[type[Exception], str, str]] = [
@@ -54,7 +53,8 @@ def describe_error(error: Exception) -> tuple[str, str]:
     if "message size" in text:
         return f"The message is too large: {text}", "send less in one message, or raise max_message_size"
     if "invalid arg" in text:
-        return f"This kind of queue does not have the argument: {text}", FIX_ARGUMENT
+        fix = "remove it from the queue; x-max-priority may come from the setting task_queue_max_priority"
+        return f"This kind of queue does not have the argument: {text}", fix
     for kind, what, fix in MEANINGS:
         if isinstance(error, kind):
             return f"{what}: {text}".removesuffix(": "), fix

@@ -63,11 +63,11 @@ NEEDED: list[tuple[str, Any, tuple[str, ...]]] = [
     ("topology", AMQP, ("queues",)),
     ("worker", Consumer.Blueprint, ("default_steps",)),
     ("worker", Consumer, ("restart_count", "max_prefetch_count", "add_task_queue", "update_strategies")),
+    ("worker", Consumer, ("on_close",)),
     ("worker", Timer(), ("queue", "enter_at")),
     ("worker", BasePool, ("_pool",)),
     ("worker", AsynPool, ("maintain_pool", "flush")),
     ("worker", ApplyResult({}, None), ("_accepted", "_write_to")),
-    ("worker", Consumer, ("on_close",)),
 ]
 
 
