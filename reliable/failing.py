@@ -1,4 +1,4 @@
-"""When a task fails, all that should follow it fails as well: the rest of its chain, the body of a chord.
+"""When a task fails, every task that should follow it fails as well: in its chain, or the body of its chord.
 
 Every caller that waits for one of these gets the error.
 
@@ -21,7 +21,7 @@ logger = get_logger(__name__)
 
 
 def walk(task: Signature) -> Iterator[Signature]:
-    """Yield the tasks of a group, a chain or the body of a chord, and then the canvas itself."""
+    """Yield the tasks of a group, of a chain or of the body of a chord, and then the whole itself."""
     inner = [task.body] if isinstance(task, chord) else getattr(task, "tasks", [])
     for later in inner:
         yield from walk(later)
@@ -37,7 +37,7 @@ def context(task: Signature) -> Context:
 
 
 class FailingBackend(RPCBackend):
-    """A result backend that reports a failure to all that wait for a later task."""
+    """A result backend that reports a failure to every caller that waits for a later task."""
 
     def mark_as_failure(self, task_id: str, exc: Exception, *args: Any, **options: Any) -> None:
         """Report a failure.
@@ -63,10 +63,16 @@ class FailingBackend(RPCBackend):
             logger.warning("Cannot report a retry: %s", error)
 
     def mark_as_revoked(self, task_id: str, reason: str = "", request: Any = None, **options: Any) -> None:
-        """Fail the steps of a chain after one that was revoked or came too late. Celery forgets them."""
+        """Fail the steps of a chain after one that was revoked or expired. Celery forgets them.
+
+        It also forgets the `link_error` of an expired task.
+        """
         super().mark_as_revoked(task_id, reason, request=request, **options)
         if request:
-            self._fail_chain(request.chain, TaskRevokedError(reason))
+            error = TaskRevokedError(reason)
+            self._fail_chain(request.chain, error)
+            if reason == "expired":
+                self.call_errbacks(request, error)
 
     def _fail_chain(self, chain: Any, exc: Exception, *args: Any, **options: Any) -> None:
         """Fail the steps of a chain after a failed one. Celery forgets a group, whose caller would wait."""
@@ -78,19 +84,24 @@ class FailingBackend(RPCBackend):
                 self.report(step, exc)
 
     def fail(self, task: Signature, error: Exception) -> None:
-        """Report a failure to all that wait for a later task: caller, `link_error`, chain, another chord.
+        """Report a failure to all that waits for a later task: caller, `link_error`, chain, another chord.
 
         Celery's own method for chords needs a running task, which the main process of a worker does not have.
         It also forgets the other chord.
         """
         self.report(task, error)
         for later in walk(task):
-            try:
-                self._call_task_errbacks(context(later), error, None)
-            except Exception:  # Otherwise the next ones would not be called
-                logger.exception("A link_error of %s cannot be called", later)
+            self.call_errbacks(context(later), error)
+
+    def call_errbacks(self, request: Context, error: Exception) -> None:
+        """Call the tasks of a `link_error`. If that fails, log it."""
+        try:
+            if request.errbacks:
+                self._call_task_errbacks(request, error, None)
+        except Exception:  # The worker goes on
+            logger.exception("A link_error of the task %s cannot be called", request.id)
 
     def report(self, task: Signature, error: Exception) -> None:
-        """Report a failure to all that wait for a later task. Call no `link_error`."""
+        """Report a failure to every caller that waits for a later task. Call no `link_error`."""
         for later in walk(task):
             self.mark_as_failure(later.id, error, request=context(later), call_errbacks=False)

@@ -55,15 +55,16 @@ def has_lines(folder: Path, number: int) -> bool:
 
 
 def restart(sign: signal.Signals, running: list[Worker], _node: Node, *arguments: Any) -> None:
-    """End the worker that has run longest, and start another."""
-    worker = running.pop(0)
-    assert worker.process
-    if sign == signal.SIGKILL:
-        worker.kill()  # With all its processes, as a machine that loses its power
-    else:
-        worker.process.send_signal(sign)
-        worker.process.wait(timeout=60)
-    running.append(start_worker(*arguments))
+    """Replace all workers, one after another."""
+    for worker in running.copy():
+        assert worker.process
+        if sign == signal.SIGKILL:
+            worker.kill()  # With all its processes, as a machine that loses its power
+        else:
+            worker.process.send_signal(sign)
+            worker.process.wait(timeout=60)
+        running.remove(worker)
+        running.append(start_worker(*arguments))
 
 
 def close_connections(_running: list[Worker], node: Node, url: str, *_: Any) -> None:
@@ -105,13 +106,40 @@ def test_no_task_is_punished_for_what_happens_around_it(
     print(f"{TASKS} tasks, {len(lines(tmp_path)) - TASKS} ran again")
 
 
-@pytest.mark.parametrize("prefetch", ["1", "32"])
-def test_a_poison_among_innocents_is_the_only_dead_letter(fresh: str, tmp_path: Path, prefetch: str) -> None:
+def test_long_tasks_are_not_punished_when_connections_are_closed(
+    session_node: Node, fresh: str, tmp_path: Path
+) -> None:
+    # Given a worker whose four processes are busy
+    with (
+        workers(1, fresh, tmp_path, "1") as (worker,),
+        start_python(
+            "-m", "apps.ledger", "4", "0", "6", CELERY_BROKER_URL=fresh, **ledger(tmp_path)
+        ) as caller,
+    ):
+        # When all connections are closed, each time after the tasks have started again
+        for round_ in range(1, ROUNDS + 1):
+            until(lambda: worker.log.read_text().count("received") >= 4 * round_)  # noqa: B023
+            close_connections([worker], session_node, fresh)
+        printed, _ = caller.communicate(timeout=120)
+    # Then each result comes, and no task is a dead letter
+    outcome = json.loads(printed.splitlines()[-1])
+    assert (outcome["accepted"], outcome["refused"], outcome["wrong"]) == ([0, 1, 2, 3], [], [])
+    assert depth(fresh, "dead-letters") == 0
+
+
+@pytest.mark.parametrize(
+    ("queue", "prefetch"),
+    [("default", "1"), ("default", "32"), ("priority", "1")],
+    ids=["quorum", "quorum, prefetch 32", "classic"],
+)
+def test_a_poison_among_innocents_is_the_only_dead_letter(
+    fresh: str, tmp_path: Path, queue: str, prefetch: str
+) -> None:
     # Given a worker of four processes
     code = (
         "import tasks\nfrom apps import ledger\n"
         "results = [ledger.note.delay(number, 0.05) for number in range(100)]\n"
-        "poison = tasks.print_label.delay(99)\n"
+        f"poison = tasks.print_label.apply_async((99,), queue={queue!r})\n"
         "results += [ledger.note.delay(number, 0.05) for number in range(100, 200)]\n"
         "print([result.get(timeout=60) for result in results] == list(range(200)))\n"
         "print(type(poison.get(timeout=60, propagate=False)).__name__)"

@@ -122,6 +122,18 @@ def test_a_task_that_ends_its_program_in_a_thread_is_an_error_and_a_dead_letter(
         take(fresh, "dead-letters")
 
 
+def test_a_solo_worker_runs_a_task_longer_than_the_heartbeat_once(fresh: str, tmp_path: Path) -> None:
+    # Given a worker that cannot send a heartbeat while a task runs
+    options = ("--pool=solo", "broker_heartbeat=2")
+    with Worker("tasks", fresh, tmp_path, *options, **PATHS) as worker:
+        # When a task takes longer than RabbitMQ waits for one, then the worker does not lose its connection
+        python(
+            "-c", "import tasks; tasks.send_email.delay('Ada', 9).get(timeout=60)", CELERY_BROKER_URL=fresh
+        )
+        python("-c", "import tasks; tasks.add.delay(2, 2).get(timeout=60)", CELERY_BROKER_URL=fresh)
+        assert worker.log.read_text().count("received") == 2
+
+
 def test_a_greenlet_over_its_hard_time_limit_is_a_dead_letter(fresh: str, tmp_path: Path) -> None:
     # Given a worker with greenlets
     with Worker("tasks", fresh, tmp_path, "--pool=gevent", "-c2", **PATHS) as worker:

@@ -1,9 +1,11 @@
 """Queues for long tasks, queues with a bound, and a broker URL whose first nodes are down."""
 
+import re
 from pathlib import Path
 
 import pytest
-from programs import PATHS, python
+from kombu import Connection
+from programs import PATHS, celery, python, start_python
 
 from reliable.rabbitmq_node import Node, free_port
 from reliable.testing import Worker, depth, take, until
@@ -33,7 +35,7 @@ def test_a_long_task_runs_once_on_a_queue_with_a_longer_time_out(tmp_path: Path)
     ("app", "limit", "warning"),
     [
         ("tasks", "1800", "queue default again after 1800 s, which is too soon for the time limit of 1800"),
-        ("tasks", "0", "queue default again after 1800 s, which is too soon for the time limit of inf s"),
+        ("tasks", "0", "queue default again after 1800 s, which is too soon for tasks without a time limit"),
         ("apps.long", "100", "queue long again after 160 s, which is too soon for the time limit of 100"),
     ],
     ids=["too long", "none", "longer than that of the queue"],
@@ -83,6 +85,44 @@ def test_dead_letters_wait_while_their_queue_is_full(tmp_path: Path) -> None:
             assert depth(node.url, "dead-letters") < 10
             letters = take(node.url, "dead-letters", 10)
             assert {letter.headers["task"] for letter in letters} == {"tasks.ship"}
+
+
+@pytest.mark.parametrize("name", ["dead-letters", "unrouted"])
+def test_a_message_that_is_kept_may_be_returned_often(name: str, fresh: str, tmp_path: Path) -> None:
+    # Given a dead letter, or a message that no binding matches
+    python("-c", "import tasks; tasks.app.declare_topology_once()", CELERY_BROKER_URL=fresh)
+    with Connection(fresh) as connection:
+        connection.Producer().publish("keep me", routing_key=name)
+    # When it comes back to its queue more often than the default delivery limit of RabbitMQ 4, which is 20
+    for _ in range(25):
+        with Connection(fresh) as connection:
+            until(lambda: connection.default_channel.basic_get(name))
+    # Then it is still there
+    take(fresh, name)
+
+
+def test_temporary_queues_of_one_node_are_classic(session_node: Node, fresh: str, tmp_path: Path) -> None:
+    with (
+        Worker("tasks", fresh, tmp_path, "-c1", **PATHS),
+        start_python(
+            "-c",
+            "import tasks; print(tasks.add.delay(2, 2).get(timeout=20), flush=True); input()",
+            CELERY_BROKER_URL=fresh,
+        ) as caller,
+    ):
+        # Given a worker, and a caller that has got a result
+        assert caller.stdout
+        assert caller.stdout.readline() == "4\n"
+        kinds = session_node.queues("type", tmp_path.name)
+        # Then their own queues are classic ones
+        lasting = re.compile("default|dead-letters|unrouted|celery_delayed_.*")
+        own = {kind for name, kind in kinds.items() if not lasting.fullmatch(name)}
+        assert own == {"classic"}
+        # And `celery inspect` leaves no queue
+        for _ in range(3):
+            celery(fresh, "inspect", "ping").check_returncode()
+        until(lambda: session_node.queues("type", tmp_path.name).keys() <= kinds.keys())
+        caller.communicate("\n", timeout=20)
 
 
 def test_the_first_two_nodes_of_the_url_are_down(fresh: str, tmp_path: Path) -> None:

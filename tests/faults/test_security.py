@@ -118,7 +118,7 @@ def test_what_is_wrong_with_tls_is_reported(tls: TLSNode, tmp_path: Path) -> Non
     # Another authority
     trustme.CA().cert_pem.write_to_path(tmp_path / "other.pem")
     other = str(tmp_path / "other.pem")
-    refused = "its certificate is refused: "
+    refused = " is refused ("
     assert f"{refused}self-signed certificate in" in what_is_wrong(hello(**tls.variables(RABBITMQ_CA=other)))
     # Another name
     tls.take_certificate("rabbitmq.example")
@@ -126,8 +126,8 @@ def test_what_is_wrong_with_tls_is_reported(tls: TLSNode, tmp_path: Path) -> Non
     tls.take_certificate()
     # Without TLS to its port, and with TLS to the other
     plain = f"amqp://guest:guest@127.0.0.1:{tls.tls_port}//"
-    assert "does that port speak TLS?" in what_is_wrong(hello(CELERY_BROKER_URL=plain))
-    assert "does not speak TLS (" in what_is_wrong(hello(**tls.variables(RABBITMQ_PORT=str(tls.port))))
+    assert "does that port require TLS?" in what_is_wrong(hello(CELERY_BROKER_URL=plain))
+    assert "does not support TLS (" in what_is_wrong(hello(**tls.variables(RABBITMQ_PORT=str(tls.port))))
     # Out of date
     long_ago = datetime.now(timezone.utc) - timedelta(days=30)
     tls.take_certificate(not_before=long_ago, not_after=long_ago + timedelta(days=1))
