@@ -10,7 +10,7 @@ import click
 from amqp import AMQPError
 from kombu.exceptions import OperationalError
 
-from reliable.dead_letters import DeadLetter, Stuck, giving_back, read, shorten
+from reliable.dead_letters import DeadLetter, Stuck, read, requeueing_channel, shorten
 from reliable.errors import describe_error, describe_failed_connection, exit_now
 
 #: One line of the list, for a terminal of 80 columns. The name of a task is whole, since `--task` needs it.
@@ -76,7 +76,7 @@ def dead_letter_queue(context: click.Context) -> Iterator[tuple[celery.Celery, A
         with app.connection_for_write() as connection:
             connection.ensure_connection(max_retries=1, interval_start=0)
             app.declare_topology_once()
-            with connection.channel() as channel, giving_back(channel):
+            with requeueing_channel(connection) as channel:
                 try:
                     yield app, channel
                 except BrokenPipeError:

@@ -141,18 +141,19 @@ def read(app: celery.Celery, channel: Any, label: str = "") -> Iterator[DeadLett
 
 
 @contextlib.contextmanager
-def giving_back(channel: Any) -> Iterator[None]:
-    """Return to RabbitMQ, in their order, the messages that were read and not deleted.
+def requeueing_channel(connection: Any) -> Iterator[Any]:
+    """Yield a channel. At the end, return to RabbitMQ the messages that were not deleted, in their order.
 
     Closing the channel does that as well, but before version 4.1 in no order if they are more than 32. When
     RabbitMQ then restarts, messages that were deleted later may be back, and others lost in their place.
     https://github.com/rabbitmq/rabbitmq-server/pull/13971
     """
-    try:
-        yield
-    finally:
-        with contextlib.suppress(AMQPError, OSError):
-            channel.send_method(spec.Basic.Nack, "Lbb", (0, True, True))  # Requeue all
+    with connection.channel() as channel:
+        try:
+            yield channel
+        finally:
+            with contextlib.suppress(AMQPError, OSError):
+                channel.send_method(spec.Basic.Nack, "Lbb", (0, True, True))  # Requeue all
 
 
 @contextlib.contextmanager
@@ -164,7 +165,7 @@ def wait_for(app: celery.Celery, task_id: str, timeout: float = 30) -> Iterator[
     """
     deadline = time.monotonic() + timeout
     while time.monotonic() < deadline:
-        with app.connection_for_write() as connection, connection.channel() as channel, giving_back(channel):
+        with app.connection_for_write() as connection, requeueing_channel(connection) as channel:
             for letter in read(app, channel):
                 if letter.id == task_id:
                     yield letter
