@@ -1,4 +1,4 @@
-"""The settings of the shop. Celery reads each lower-case name below as one of its settings.
+"""The settings of the shop. Celery reads its settings from the lower-case names below.
 
 `reliable/settings.py` sets the defaults that make tasks safe. A setting here overrides them.
 
@@ -37,11 +37,12 @@ task_queues = [
 task_routes = {"tasks.serve_customer": {"queue": "priority"}}
 
 # --- Workers ------------------------------------------------------------------------------------
-# A worker reserves only as many tasks of each queue as it has processes. All others wait in the queue,
+# A worker prefetches only as many tasks from each queue as it has processes. All others wait in the queue,
 # where another worker can take them, and urgent tasks overtake them.
 worker_prefetch_multiplier = 1
 # A task that takes longer than this many seconds is killed, and becomes a dead letter. Otherwise RabbitMQ
-# would redeliver it after half an hour, in which it may first wait for one other task.
+# would redeliver it half an hour after it delivered it first. In this time a worker may run two tasks, since
+# the second one waits in the worker for the first.
 # https://www.rabbitmq.com/docs/consumers#acknowledgement-timeout
 task_time_limit = 14 * 60
 

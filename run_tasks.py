@@ -140,7 +140,9 @@ def parallel(run: Run) -> str:
     collect([email.delay() for email in emails])
     at_once = time.perf_counter() - started - in_turn
     times = in_turn / at_once
-    expect(times > 1.3 or run.processes == 1, "less time at once", f"{times:.1f} times as fast")
+    expect(
+        times > 1.3 or run.processes == 1, "the e-mails at once to be faster", f"{times:.1f} times as fast"
+    )
     return f"8 e-mails: {in_turn:.1f} s one after another, {at_once:.1f} s at once, {times:.1f} times as fast"
 
 
@@ -214,7 +216,7 @@ def failures(run: Run) -> Rows:
         shipped.forget()  # Forget the error: the replay sends a new result
         letter.replay()
     (value,) = collect([app.AsyncResult(shipped.id)])
-    expect(value == "lamp: shipped", "the lamp shipped after the replay", value)
+    expect(value == "lamp: shipped", "the lamp to be shipped after the replay", value)
     return [*rows, {"dead letter": letter.task, "reason": letter.reason, "replayed": value}]
 
 
@@ -350,7 +352,7 @@ def bulk(run: Run) -> Rows:
 
 @lesson("RabbitMQ", "worker processes", "rpc:// results")
 def poison(run: Run) -> Rows:
-    """A task that kills every process ends as a dead letter."""
+    """A task that kills each process that runs it ends as a dead letter."""
     result = tasks.print_label.delay(99)
     states = watch(result)
     crashes = [state for _, state, _ in states].count("PRINTING")
@@ -400,7 +402,7 @@ def show(outcome: dict[str, Any]) -> None:
 
 
 def summarize(outcomes: list[dict[str, Any]], run: Run) -> str:
-    """Return how many lessons passed, and how to run the others."""
+    """Return how many lessons passed, failed or were skipped, and how to run the skipped ones."""
     counts = Counter(outcome["status"] for outcome in outcomes)
     seconds = sum(outcome["seconds"] for outcome in outcomes)
     text = ", ".join(f"{number} {status}" for status, number in counts.items()) + f" in {seconds:.0f} s."
@@ -431,7 +433,7 @@ def cli(names: tuple[str, ...], paths: tuple[Path, ...], as_list: bool, embedded
     If no worker answers, this program starts one. If no RabbitMQ answers and none is named, a broker and a
     worker run inside this process.
 
-    Exit status: 0 if no lesson failed; 1 if one failed; 2 if the lessons could not run.
+    Exit status: 0 if no lesson failed; 1 if any lesson failed; 2 if the lessons could not run.
     """
     if as_list:
         for name, (function, needs) in LESSONS.items():
@@ -452,8 +454,8 @@ def cli(names: tuple[str, ...], paths: tuple[Path, ...], as_list: bool, embedded
 
 
 def main() -> None:
-    """Run the command line. Print an error outside the lessons in two lines."""
-    # Ctrl-C ends the run at once. An exception could interrupt a connection in the middle of a message.
+    """Run the command line. Print an error of the command line, a setting or RabbitMQ in two lines."""
+    # Ctrl-C ends the run at once. A KeyboardInterrupt could stop a connection in the middle of a message.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
         sys.exit(cli(standalone_mode=False, color=False if os.environ.get("NO_COLOR") else None))

@@ -1,4 +1,4 @@
-"""The tasks of a small shop. A checkout page hands its slow work to them, and answers at once.
+"""The tasks of a small shop. A checkout page hands its slow work to Celery, and answers at once.
 
 $ celery -A tasks worker --loglevel info
 """
@@ -67,7 +67,7 @@ def receipt(cents: int) -> str:
 # --- Progress: the customer watches the parcel being packed -------------------------------------
 @app.task(bind=True)
 def pack_order(self: Task, items: int, seconds: float = 0.1) -> int:
-    """Pack items, simulated by sleeping for `seconds` each, and report the progress."""
+    """Pack items (simulated: it sleeps for `seconds` per item), and report the progress."""
     for packed in range(1, items + 1):
         time.sleep(seconds)
         self.update_state(state="PROGRESS", meta={"packed": packed, "items": items})
@@ -92,8 +92,8 @@ def charge_card(self: Task, order: str, busy: int = 2, card: str = "4111 1111 11
 
 
 # A task can run twice: its worker may die after the payment, before it acknowledges the task. The number
-# of the order is the idempotency key: the books of the simulated gateway hold each number once. They are a
-# file that all workers share. Workers on several machines would need a database instead.
+# of the order is the idempotency key: the books of the simulated gateway hold each number once. They are an
+# SQLite file that all workers share. Workers on several machines would need a database server instead.
 _default = Path(tempfile.gettempdir(), f"simulated-gateway-{getattr(os, 'getuid', int)()}.sqlite3")
 BOOKS = Path(os.environ.get("GATEWAY_BOOKS", _default))
 
@@ -125,7 +125,7 @@ class OutOfStockError(Exception):
 
 @app.task
 def ship(item: str, in_stock_from: float) -> str:
-    """Ship an item that is in stock from a time on, in seconds since the epoch."""
+    """Ship an item. It is out of stock before `in_stock_from`, in seconds since the epoch."""
     if time.time() < in_stock_from:
         raise OutOfStockError(f"{item}: out of stock")
     return f"{item}: shipped"
@@ -133,7 +133,7 @@ def ship(item: str, in_stock_from: float) -> str:
 
 @app.task(soft_time_limit=1)
 def draw_label(seconds: float) -> str:
-    """Draw a label, simulated by sleeping. After a second, SoftTimeLimitExceeded is raised here."""
+    """Draw a label (simulated). After a second, SoftTimeLimitExceeded is raised here."""
     time.sleep(seconds)
     return "label"
 
@@ -148,7 +148,7 @@ def draw_stubborn_label(seconds: float) -> str:
 # --- Priorities: real work for a processor ------------------------------------------------------
 @app.task
 def serve_customer(name: str) -> float:
-    """Seal a gift voucher with scrypt. Return when it was done, in seconds since the epoch."""
+    """Seal the gift voucher of a customer with scrypt. Return the time, in seconds since the epoch."""
     hashlib.scrypt(name.encode(), salt=b"shop", n=2**14, r=8, p=1)
     return time.time()
 
@@ -156,7 +156,7 @@ def serve_customer(name: str) -> float:
 # --- Several worker nodes -----------------------------------------------------------------------
 @app.task(bind=True)
 def worker_name(self: Task) -> str:
-    """Return the name of the worker node that runs this."""
+    """Return the name of the worker node that runs this task."""
     return str(self.request.hostname)
 
 

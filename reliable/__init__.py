@@ -1,4 +1,4 @@
-"""Celery that loses nothing on RabbitMQ.
+"""Celery on RabbitMQ, with defaults that keep tasks from being lost.
 
     from reliable import Celery
 
@@ -12,7 +12,7 @@ The path of a task, and the module to read at each step:
     bulk             the same for many tasks at a time
     topology         the exchanges and queues that the message goes through
     worker           a worker connects, and receives the message
-    refusing         it refuses messages that it cannot run
+    refusing         it refuses messages that it cannot process
     acknowledging    it acknowledges messages in groups
     alive            it touches a file, for a health check
     delivery         a process runs the task; every kind of failure is handled in one place

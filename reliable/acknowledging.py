@@ -1,7 +1,7 @@
 """Acknowledgements in groups, since RabbitMQ writes a group to disk in one go.
 
-It does so with a prefetch multiplier above 1. `benchmarks/benchmark.py` measures the gain, which is
-noticeable from about 4.
+A worker does so with a prefetch multiplier above 1. `benchmarks/benchmark.py` measures the gain, which is
+noticeable from a multiplier of about 4.
 """
 
 from collections import deque
@@ -44,7 +44,7 @@ class AcknowledgesInGroups(Consumer):
             self.held_acks.popleft()()
 
     def register_with_event_loop(self, hub: Any) -> None:
-        """Forget the acknowledgements of the old connection. Send what is held when the event loop ends."""
+        """Forget the acknowledgements of the old connection. Send the held ones when the event loop ends."""
         self.held_acks.clear()  # They belong to the previous connection
         hub.on_close.add(self.send_held_acks)
         super().register_with_event_loop(hub)

@@ -56,7 +56,7 @@ class Loader(AppLoader):
 
 
 class Celery(celery.Celery):
-    """A Celery app that loses nothing on RabbitMQ. It takes the arguments and settings of `celery.Celery`."""
+    """A Celery app whose defaults keep tasks from being lost. It takes the arguments of `celery.Celery`."""
 
     task_cls = "reliable.publishing:Task"
     control_cls = Control
@@ -82,9 +82,9 @@ class Celery(celery.Celery):
         return str(self.oid)
 
     def _connection(self, url: str, *, transport_options: Any = None, **options: Any) -> Any:
-        """Connect with the transport options of this package, and those of the app.
+        """Connect with the transport options of this package and of the app.
 
-        With Celery's method an app that sets any of them would lose all others, and so the confirms.
+        With Celery's method an app that sets any of them would lose all others, including the confirms.
         """
         ours = SETTINGS["broker_transport_options"]
         transport_options = {**ours, **self.conf.broker_transport_options, **(transport_options or {})}

@@ -25,8 +25,9 @@ def publish_in_bulk(app: celery.Celery, signatures: Iterable[Signature], window:
     """Publish any number of tasks, each confirmed by RabbitMQ, and return their number.
 
     Args:
-        signatures: each one is a task, such as `add.s(2, 2)`. To get results, keep what `freeze()` of each
-            returns. Otherwise let the task ignore its result, or results pile up.
+        signatures: each one is a task, such as `add.s(2, 2)`. To get results, call `freeze()` on
+            each one, and keep the result object that it returns. Otherwise let the task ignore its result,
+            or results pile up.
         window: how many messages may be unconfirmed at a time, at least 1.
 
     Raises:
@@ -110,8 +111,8 @@ class Unconfirmed:
         try:
             yield
         except errors as error:
-            first = next(iter(self.tasks.values()), self.current)
-            text = f"{len(self.tasks)} not confirmed, the first is {describe(self.app, first)}: {error}"
+            number, first = len(self.tasks) or 1, next(iter(self.tasks.values()), self.current)
+            text = f"tasks not confirmed: {number}; the first is {describe(self.app, first)} ({error})"
             raise OperationalError(text) from error
 
 

@@ -70,9 +70,10 @@ class ChordBackend(FailingBackend):
     ) -> Queue:
         """Describe a queue that expires when it is not used.
 
-        It is bound to an exchange, though nobody publishes to it there. Without Khepri a new queue is safe on
-        disk only after the next queue or binding is declared. When RabbitMQ was killed less than two seconds
-        after it had declared a queue, the queue and its messages were gone in 3 of 30 runs.
+        It is bound to an exchange, though nobody publishes to it there. Without Khepri, the newer metadata
+        store of RabbitMQ, a new queue is safe on disk only after the next queue or binding is declared. When
+        RabbitMQ was killed less than two seconds after it had declared a queue, the queue and its messages
+        were gone in 3 of 30 runs.
         """
         arguments = topology.temporary(self.app) | (arguments or {})
         return self.Queue(name, topology.TASKS, name, queue_arguments=arguments, **limits)
@@ -95,14 +96,14 @@ class ChordBackend(FailingBackend):
         group_id, results = header_result_args
         body["chord_size"] = count_tasks(results)
         if body["chord_size"] > MOST_PARTS:
-            raise ValueError(f"a chord has at most {MOST_PARTS:,} tasks, got {body['chord_size']:,}")
+            raise ValueError(f"a chord can have at most {MOST_PARTS:,} tasks, got {body['chord_size']:,}")
         if any(isinstance(result, GroupResult) for result in results):  # A chain that ends in a group
             body["shape"] = ids(results)
         attempts = itertools.count()
 
         def declare() -> None:
-            # A node that died while it declared the queue may have left half of it, which RabbitMQ 4 calls
-            # declared, and which takes no part. It is still empty: no task has been published.
+            # A node that died while it declared the queue may have left a broken one. RabbitMQ 4 reports it
+            # as declared, but it accepts no parts. It is still empty: no task has been published.
             if next(attempts):
                 queue.delete()
             queue.declare()

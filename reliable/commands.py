@@ -40,7 +40,8 @@ def select(
     if missing:
         names = ", ".join(sorted(missing))
         exit_now(
-            f"No dead letter {names}, or another command is reading it", "celery -A APP dead-letters list"
+            f"No dead letter has an ID that starts with {names}, or another command is reading it",
+            "celery -A APP dead-letters list",
         )
 
 
@@ -69,7 +70,9 @@ def dead_letter_queue(context: click.Context) -> Iterator[tuple[celery.Celery, A
     """Yield the app of the command and a channel. Exit if something is wrong with RabbitMQ."""
     app = context.obj.app
     if not hasattr(app, "declare_topology_once"):
-        exit_now("The command needs an app of reliable.Celery", "celery -A APP dead-letters …")
+        exit_now(
+            "This command needs an app of reliable.Celery", "name it after -A: celery -A APP dead-letters …"
+        )
     nobody_reads = False
     try:
         app.loader.import_default_modules()
@@ -161,11 +164,12 @@ def discard(
 
     It asks first.
     """
-    what = f"the dead letters whose ID starts with {' or '.join(ids)}" if ids else "all dead letters"
+    what = "all dead letters"
     what += f" of {task}" if task else ""
     what += f" with the reason {reason}" if reason else ""
+    what += f" whose ID starts with {' or '.join(ids)}" if ids else ""
     if not yes:
-        click.confirm(f"Delete {what} for good?", abort=True)
+        click.confirm(f"Permanently delete {what}?", abort=True)
     discarded = 0
     try:
         with dead_letter_queue(context) as (app, channel):

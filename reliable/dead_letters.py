@@ -144,8 +144,8 @@ def read(app: celery.Celery, channel: Any, label: str = "") -> Iterator[DeadLett
 def requeueing_channel(connection: Any) -> Iterator[Any]:
     """Yield a channel. At the end, return to RabbitMQ the messages that were not deleted, in their order.
 
-    Closing the channel does that as well, but before version 4.1 in no order if they are more than 32. When
-    RabbitMQ then restarts, messages that were deleted later may be back, and others lost in their place.
+    Closing the channel also returns them, but RabbitMQ before 4.1.1 does so in no order if there are more
+    than 32. If it then restarts, messages deleted later may come back, and others may be lost instead.
     https://github.com/rabbitmq/rabbitmq-server/pull/13971
     """
     with connection.channel() as channel:

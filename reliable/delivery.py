@@ -49,7 +49,7 @@ def unpack(body: bytes, compression: str) -> bytes:
         return decompress(body, compression)
     unpacked: bytes = DECOMPRESSORS[compression]().decompress(body, LARGEST + 1)
     if len(unpacked) > LARGEST:
-        raise ValueError(f"more than {LARGEST} bytes when it is unpacked")
+        raise ValueError(f"the body has more than {LARGEST} bytes when it is unpacked")
     return unpacked
 
 
@@ -143,7 +143,7 @@ class Request(CeleryRequest):
         self.do_when_reported(super().acknowledge)
 
     def reject(self, requeue: bool = False) -> None:
-        """Reject the message. Celery would requeue a task over its hard limit forever."""
+        """Reject the message. Celery would requeue a task over its hard time limit forever."""
         self.do_when_reported(partial(super().reject, requeue=requeue and not self.is_over_its_limit))
 
     def do_when_reported(self, step: Callable[[], None]) -> None:
@@ -163,7 +163,11 @@ class Request(CeleryRequest):
         try:
             yield
         except UnreportedError as error:
-            logger.critical("Cannot inform the caller of %s, so RabbitMQ will redeliver it: %s", self, error)
+            logger.critical(
+                "Cannot report the failure of %s to its caller, so RabbitMQ will redeliver it: %s",
+                self,
+                error,
+            )
             self.held_step = partial(super().reject, requeue=True)
         except Exception:  # Odd parts of the message. Otherwise the worker process is never free again
             logger.exception("Handling the failure of a task failed as well")

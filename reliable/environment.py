@@ -13,7 +13,7 @@ from reliable.errors import exit_now
 
 
 class Environment(NamedTuple):
-    """Celery's settings of the same names."""
+    """Values for the Celery settings that have these names."""
 
     broker_url: str
     broker_use_ssl: dict[str, Any] | None

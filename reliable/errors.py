@@ -16,7 +16,7 @@ CHECK_RABBITMQ = "docker compose ps, or rabbitmqctl status"
 FIX_LOGIN = "correct the user, password and virtual host in .env; rabbitmqctl set_permissions grants rights"
 FIX_ARGUMENTS = (
     "delete it once rabbitmqctl list_queues shows 0 messages: celery -A APP amqp queue.delete NAME "
-    "(or exchange.delete NAME no)"
+    "(an exchange: celery -A APP amqp exchange.delete NAME no)"
 )
 
 #: What an error means, and how to fix it. The first entry that fits is used.
@@ -54,7 +54,7 @@ def describe_error(error: Exception) -> tuple[str, str]:
         return f"The message is too large: {text}", "send less in one message, or raise max_message_size"
     if "invalid arg" in text:
         fix = "remove it from the queue; x-max-priority may come from the setting task_queue_max_priority"
-        return f"This kind of queue does not have the argument: {text}", fix
+        return f"This kind of queue does not support the argument: {text}", fix
     for kind, what, fix in MEANINGS:
         if isinstance(error, kind):
             return f"{what}: {text}".removesuffix(": "), fix
@@ -62,19 +62,22 @@ def describe_error(error: Exception) -> tuple[str, str]:
 
 
 def describe_failed_connection(connection: Connection, error: Exception) -> tuple[str, str]:
-    """Return why nothing could connect to RabbitMQ, and how to fix it. The password is hidden."""
+    """Return why the connection to RabbitMQ failed, and how to fix it. The password is hidden."""
     uri, cause = connection.as_uri(), error.__cause__ or error
     if isinstance(cause, AMQPError):
         return describe_error(cause)
     if isinstance(cause, ssl.SSLCertVerificationError):
-        return f"{uri}: its certificate is refused: {cause.verify_message}", "correct RABBITMQ_CA or the host"
+        return (
+            f"The certificate of {uri} is refused ({cause.verify_message})",
+            "correct RABBITMQ_CA or the host",
+        )
     if isinstance(cause, ssl.SSLError):
         return (
-            f"{uri}: it does not speak TLS ({cause.reason})",
-            "correct RABBITMQ_PORT, with TLS usually 5671",
+            f"{uri} does not support TLS ({cause.reason})",
+            "correct RABBITMQ_PORT; with TLS it is usually 5671",
         )
     was_cut = isinstance(cause, ConnectionResetError) or "unexpectedly closed" in str(error)
-    doubt = "; does that port speak TLS?" if was_cut else ""
+    doubt = "; does that port require TLS?" if was_cut else ""
     return (
         f"Cannot connect to RabbitMQ at {uri} ({error}{doubt})",
         "docker compose up -d --wait, or correct .env",

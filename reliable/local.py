@@ -85,7 +85,7 @@ def find_rabbitmq(app: celery.Celery) -> str:
 
 def report_block(_reason: str) -> None:
     """Print that RabbitMQ blocks publishers. https://www.rabbitmq.com/docs/connection-blocked"""
-    print("RabbitMQ accepts no messages: it is short of memory or disk space. Waiting", file=sys.stderr)
+    print("RabbitMQ accepts no messages: it is short of memory or disk space. Waiting …", file=sys.stderr)
 
 
 def connect(app: celery.Celery) -> str:

@@ -48,7 +48,7 @@ def prepare(app: celery.Celery, name: str, options: dict[str, Any]) -> None:
         options["countdown"] = subtract_datetimes(eta, app.now()).total_seconds()
     countdown = options.get("countdown")
     if countdown is not None:
-        # RabbitMQ's delay queues count whole seconds. kombu refuses a shorter delay, and a retry with one
+        # Celery's delay queues count whole seconds. kombu refuses a shorter delay, and a retry with one
         # would be lost.
         options["countdown"] = max(countdown, 1) if countdown > 0 else None
     if is_secret(app, name):

@@ -1,4 +1,4 @@
-"""Messages that a worker cannot run: each becomes a dead letter, and its caller gets an error.
+"""Messages that a worker cannot process: each becomes a dead letter, and its caller gets an error.
 
 Celery either acknowledges such a message, so that it is lost, or ends the worker.
 """
@@ -26,7 +26,7 @@ ACQUISITIONS = 5
 
 
 class RefusesMessages(Consumer):
-    """A consumer that turns what it cannot run into a dead letter, and reports the error to the caller."""
+    """A consumer that turns a message that it cannot process into a dead letter, and informs the caller."""
 
     def create_task_handler(self, *args: Any, **options: Any) -> Callable[[Message], None]:
         """Return a function that receives messages, and refuses malformed ones.
@@ -40,7 +40,9 @@ class RefusesMessages(Consumer):
                 if message.content_type not in (message.accept or ()):
                     raise ContentDisallowed(f"{message.content_type!r} is not accepted")
                 if self.is_last_delivery(message):
-                    raise WorkerLostError("It was delivered too often: it may have killed each worker")
+                    raise WorkerLostError(
+                        "It was delivered too often: it may have killed its worker each time"
+                    )
                 receive(message)
             except self.connection_errors:
                 raise
@@ -77,12 +79,12 @@ class RefusesMessages(Consumer):
             self.report(message, error)
         except UnreportedError as unreported:
             logger.critical(
-                "Cannot inform the caller of a refused message, so RabbitMQ will redeliver it: %s", unreported
+                "Cannot report a refused message to its caller, so RabbitMQ will redeliver it: %s", unreported
             )
             message.requeue()
             return
         except Exception:  # Odd parts of the message
-            logger.exception("Cannot inform its caller")
+            logger.exception("Cannot report a refused message to its caller")
         message.reject_log_error(logger, self.connection_errors)
 
     def report(self, message: Message, error: Exception) -> None:

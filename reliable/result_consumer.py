@@ -110,8 +110,8 @@ class ResultConsumer(CeleryResultConsumer):
         """Consume from the reply queue over a connection of its own.
 
         Heartbeats let both ends notice that a firewall has cut it. Otherwise this program receives nothing,
-        and RabbitMQ keeps sending. RabbitMQ also closes the connection if this program receives nothing for a
-        while, since then it sends no heartbeats.
+        and RabbitMQ keeps sending. RabbitMQ also closes the connection if this program does not read from it
+        for a while, since the program then sends no heartbeats.
         """
         self._connection = self.app.connection(heartbeat=self.app.conf.broker_heartbeat)
         self._consumer = self.Consumer(

@@ -47,7 +47,7 @@ SETTINGS: dict[str, Any] = {
     "task_acks_late": True,
     # A task whose process was killed is published again, at most `max_retries` times, and then fails.
     "task_retry_on_worker_lost": True,
-    # If it cannot be published, RabbitMQ delivers it again. Otherwise it would be lost.
+    # If that retry cannot be published, RabbitMQ delivers the task again. Otherwise it would be lost.
     "task_reject_on_worker_lost": True,
     # A failed task becomes a dead letter, and so does one over its hard time limit. Otherwise RabbitMQ
     # deletes it.

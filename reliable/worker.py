@@ -59,18 +59,19 @@ class Consumer(AcknowledgesInGroups, RefusesMessages):
 
     def warn_of_long_tasks(self) -> None:
         """Warn if RabbitMQ may deliver a task again while it still runs."""
-        limit = self.controller.time_limit or math.inf
+        limit = self.controller.time_limit
+        tasks = f"the time limit of {limit} s" if limit else "tasks without a time limit"
         for name, queue in self.app.amqp.queues.consume_from.items():
             is_broadcast = queue.exchange.type == "fanout"
             arguments = queue.queue_arguments or {}
             timeout = arguments.get("x-consumer-timeout", topology.CONSUMER_TIMEOUT)
-            if not is_broadcast and timeout < topology.consumer_timeout(limit):
+            if not is_broadcast and timeout < topology.consumer_timeout(limit or math.inf):
                 logger.warning(
-                    "RabbitMQ delivers a task of the queue %s again after %d s, which is too soon for the "
-                    "time limit of %s s. See the argument time_limit of work_queue()",
+                    "RabbitMQ delivers a task of the queue %s again after %d s, which is too soon for %s. "
+                    "See the argument time_limit of work_queue()",
                     name,
                     timeout / 1000,
-                    limit,
+                    tasks,
                 )
 
     @property
@@ -85,7 +86,7 @@ class Consumer(AcknowledgesInGroups, RefusesMessages):
         return processes * self.prefetch_multiplier
 
     def update_strategies(self) -> None:
-        """Use the Request of this package for all tasks, and add it to a Request of their own."""
+        """Use the Request of this package for all tasks, and add it to that of a task that has its own."""
         for task in self.app.tasks.values():
             own = symbol_by_name(task.Request)
             if issubclass(Request, own):
@@ -109,7 +110,7 @@ class Consumer(AcknowledgesInGroups, RefusesMessages):
         """Connect, or reconnect after a lost connection, and declare the topology.
 
         Raises:
-            celery.exceptions.WorkerShutdown: nobody but an operator can fix it.
+            celery.exceptions.WorkerShutdown: RabbitMQ refused something that only an operator can fix.
         """
         try:
             connection = super().connect()
