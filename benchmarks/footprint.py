@@ -33,6 +33,8 @@ COUNT = (
     "{erlang:memory(total), erlang:system_info(process_count), erlang:system_info(atom_count), "
     "length(rabbit_amqqueue:list()), length(rabbit_networking:connections()), length(rabbit_channel:list())}."
 )
+#: How many idle workers are there.
+WORKERS = 10
 COLUMNS = ("memory, KiB", "processes", "atoms", "queues", "connections", "channels")
 
 
@@ -87,6 +89,20 @@ def keep(url: str, number: int) -> list[Celery]:
     return callers
 
 
+def idle_worker(url: str, folder: Path, name: str) -> Worker:
+    """Return a worker of two processes that is not running yet."""
+    logs = folder / name
+    logs.mkdir()
+    worker = Worker("tasks", url, logs, "-c2", "-n", f"{name}@localhost", PYTHONPATH=str(HERE.parent))
+    worker.name = f"{name}@localhost"
+    return worker
+
+
+def has_reply_queues(node: Node) -> bool:
+    """Return whether queues are left in which a starting worker received the replies of the others."""
+    return any(name.endswith(".reply.celery.pidbox") for name in node.queues("name"))
+
+
 @click.command()
 @click.option("--callers", default=1000, show_default=True, help="How many callers are there at a time.")
 @click.option("--calls", default=10_000, show_default=True, help="How many callers come and go.")
@@ -96,13 +112,14 @@ def main(callers: int, calls: int, inspects: int) -> None:
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         node = stack.enter_context(Node(folder))
-        worker = Worker("tasks", node.url, folder, "-c2", PYTHONPATH=str(HERE.parent))
-        app = caller(node.url)
-        app.declare_topology_once()
+        worker = stack.enter_context(idle_worker(node.url, folder, "first"))
+        call(caller(node.url))
+        until(lambda: not has_reply_queues(node))
         footprint = Footprint(node)
-        stack.enter_context(worker)
-        call(app)
-        footprint.note("idle worker of two processes")
+        for number in range(WORKERS):
+            stack.enter_context(idle_worker(node.url, folder, f"idle{number}"))
+        until(lambda: not has_reply_queues(node))
+        footprint.note("idle worker of two processes", WORKERS)
         for kind, arguments in (("classic", {}), ("quorum", topology.QUORUM)):
             with patch.object(topology, "temporary", return_value=arguments):
                 waiting = keep(node.url, callers)

@@ -22,10 +22,11 @@ pytestmark = pytest.mark.usefixtures("worker")
 @pytest.mark.parametrize(
     "arguments",
     [
+        "-m gunicorn --workers 3 --bind 127.0.0.1:PORT apps.wsgi_page:page",
         "-m gunicorn --preload --workers 3 --bind 127.0.0.1:PORT apps.wsgi_page:page",
         "-m uvicorn --port PORT apps.asgi_page:page",
     ],
-    ids=["gunicorn --preload", "uvicorn"],
+    ids=["gunicorn", "gunicorn --preload", "uvicorn"],
 )
 def test_a_web_server_gets_its_results(arguments: str, rabbitmq: str, tmp_path: Path) -> None:
     with WebServer(tmp_path, arguments, "0", CELERY_BROKER_URL=rabbitmq) as server:

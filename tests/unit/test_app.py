@@ -8,9 +8,10 @@ from zoneinfo import ZoneInfo
 
 import pytest
 from celery.app.defaults import DEFAULTS
+from celery.contrib.django.task import DjangoTask
 from programs import python
 
-from reliable import Celery, publishing
+from reliable import Celery, Task, publishing
 from reliable.settings import SETTINGS
 from reliable.topology import CONSUMER_TIMEOUT, consumer_timeout, work_queue
 
@@ -123,6 +124,15 @@ def test_tasks_run_eagerly_without_rabbitmq() -> None:
         return x + y
 
     assert add.delay(2, 2).get() == 4
+
+
+def test_the_base_class_of_an_app_may_add_what_celery_has_for_django() -> None:
+    class ShopTask(Task, DjangoTask):
+        """A task that can be called when a transaction is stored."""
+
+    app = Celery("shop", task_cls=ShopTask, set_as_current=False)
+    assert {"on_replace", "delay_on_commit"} <= {*dir(app.Task)}
+    assert app.Task.Request == Task.Request
 
 
 def test_other_apps_in_the_process_are_as_they_were() -> None:
