@@ -11,7 +11,7 @@ https://docs.celeryq.dev/en/stable/userguide/canvas.html#chords
 import contextlib
 import itertools
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from amqp import ChannelError, ConsumerCancelled, NotFound
@@ -21,7 +21,7 @@ from celery.canvas import Signature, maybe_signature
 from celery.exceptions import ChordError, SoftTimeLimitExceeded
 from celery.result import GroupResult
 from celery.utils.log import get_logger
-from kombu import Queue
+from kombu import Producer, Queue
 
 from reliable import topology
 from reliable.errors import UNREACHABLE, is_outage
@@ -99,18 +99,26 @@ class ChordBackend(FailingBackend):
             raise ValueError(f"a chord can have at most {MOST_PARTS:,} tasks, got {body['chord_size']:,}")
         if any(isinstance(result, GroupResult) for result in results):  # A chain that ends in a group
             body["shape"] = ids(results)
-        attempts = itertools.count()
+        with self.app.amqp.producer_pool.acquire(block=True) as producer:
+            self.declare_new(self.chord_queue(group_id), producer, itertools.count())
+
+    def declare_new(self, queue: Queue, producer: Producer, attempts: Iterator[int]) -> None:
+        """Declare a queue that nobody has published to yet.
+
+        A node that died while it declared the queue may have left a broken one, which RabbitMQ 4 reports as
+        declared, but which accepts no messages. So every attempt but the first deletes the queue before.
+
+        Raises:
+            kombu.exceptions.OperationalError: RabbitMQ cannot be reached.
+        """
+        queue = queue(producer.channel)
 
         def declare() -> None:
-            # A node that died while it declared the queue may have left a broken one. RabbitMQ 4 reports it
-            # as declared, but it accepts no parts. It is still empty: no task has been published.
             if next(attempts):
                 queue.delete()
             queue.declare()
 
-        with self.app.amqp.producer_pool.acquire(block=True) as producer:
-            queue = self.chord_queue(group_id)(producer.channel)
-            producer.connection.ensure(queue, declare, **self.app.conf.task_publish_retry_policy)()
+        producer.connection.ensure(queue, declare, **self.app.conf.task_publish_retry_policy)()
 
     def on_chord_part_return(self, request: Context, state: str, result: Any, **_: Any) -> None:
         """Add the part of a task to its chord. Wait while RabbitMQ is unreachable, as for a result.

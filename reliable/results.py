@@ -5,6 +5,7 @@ https://docs.celeryq.dev/en/stable/userguide/tasks.html#rpc-result-backend-rabbi
 
 import atexit
 import contextlib
+import itertools
 import math
 import os
 import sys
@@ -35,6 +36,7 @@ class RPCBackend(ChordBackend):
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self.deletes_queue_at_exit = False
+        self.attempts = itertools.count()  # To declare the reply queue for the first time
         self.receive_again = 0.0  # When `receive` looks again, in seconds of the monotonic clock
         # Otherwise Celery drops the oldest of more than 8,192 unread results.
         self._pending_messages.maxsize = None
@@ -124,9 +126,13 @@ class RPCBackend(ChordBackend):
         is_expiring = unread > (self.expires or math.inf) / 2
         if self.oid in declared and not is_expiring:
             return
-        self.delete_queue_at_exit()
-        queue = self.binding(producer.channel)
-        maybe_declare(queue, retry=True, **self.app.conf.task_publish_retry_policy)
+        with self.result_consumer.lock:  # No other thread may publish before the first declaration is done
+            if self.deletes_queue_at_exit:  # It has been declared before
+                queue = self.binding(producer.channel)
+                maybe_declare(queue, retry=True, **self.app.conf.task_publish_retry_policy)
+            else:
+                self.declare_new(self.binding, producer, self.attempts)
+                self.delete_queue_at_exit()
         declared.add(self.oid)
         if is_expiring:
             with contextlib.suppress(TimeoutError):
