@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import signal
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -25,10 +26,12 @@ def select(
 
     A filter that is not given matches all.
 
-    The program exits at the end if there is no dead letter for one of the ids.
+    The program exits at the end if there is no dead letter for one of the ids, or if none of them matches.
     """
-    missing = set(ids)
+    missing, others, found = set(ids), 0, False
     for letter in letters:
+        if signal.SIGINT in signal.sigpending():  # See `dead_letter_queue`
+            raise KeyboardInterrupt
         matching = {start for start in ids if letter.id.startswith(start)}
         is_wanted = task in (None, letter.task, letter.headers.get("task")) and reason in (
             None,
@@ -36,13 +39,18 @@ def select(
         )
         if (matching or not ids) and is_wanted:
             missing -= matching
+            found = True
             yield letter
+        else:
+            others += 1
     if missing:
         names = ", ".join(sorted(missing))
         exit_now(
             f"No dead letter has an ID that starts with {names}, or another command is reading it",
             "celery -A APP dead-letters list",
         )
+    if others and not found:
+        exit_now(f"None of the {others} dead letters matches", "celery -A APP dead-letters list")
 
 
 @click.group("dead-letters")
@@ -67,7 +75,12 @@ some_ids = click.argument("ids", nargs=-1, metavar="[ID]...", callback=refuse_em
 
 @contextlib.contextmanager
 def dead_letter_queue(context: click.Context) -> Iterator[tuple[celery.Celery, Any]]:
-    """Yield the app of the command and a channel. Exit if something is wrong with RabbitMQ."""
+    """Yield the app of the command and a channel. Exit if something is wrong with RabbitMQ.
+
+    Ctrl-C takes effect between two dead letters. In the middle of a message it would break the connection,
+    and the command would wait for RabbitMQ forever.
+    """
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     app = context.obj.app
     if not hasattr(app, "declare_topology_once"):
         exit_now(

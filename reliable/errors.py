@@ -13,7 +13,10 @@ from kombu.exceptions import OperationalError
 UNREACHABLE = (OperationalError, AMQPError, OSError)
 
 CHECK_RABBITMQ = "docker compose ps, or rabbitmqctl status"
-FIX_LOGIN = "correct the user, password and virtual host in .env; rabbitmqctl set_permissions grants rights"
+FIX_LOGIN = (
+    "correct the user, password and virtual host in CELERY_BROKER_URL or .env; "
+    "rabbitmqctl set_permissions grants rights"
+)
 FIX_ARGUMENTS = (
     "delete it once rabbitmqctl list_queues shows 0 messages: celery -A APP amqp queue.delete NAME "
     "(an exchange: celery -A APP amqp exchange.delete NAME no)"
