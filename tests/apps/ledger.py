@@ -4,6 +4,7 @@ import json
 import os
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 from kombu.exceptions import OperationalError
@@ -27,6 +28,14 @@ def note_and_linger(number: int) -> None:
     """Write a number to the ledger, and then take three seconds."""
     note(number)
     time.sleep(3)
+
+
+@app.task
+def note_later(number: int) -> int:
+    """Write a number to the ledger once there is a file `go` beside it."""
+    while not Path(os.environ["LEDGER"]).with_name("go").exists():
+        time.sleep(0.1)
+    return note(number)
 
 
 @app.task(time_limit=1)

@@ -378,7 +378,9 @@ def test_a_chain_can_be_waited_for_while_rabbitmq_restarts(node: Node, tmp_path:
 
 def test_thousands_of_results_in_any_order(odd: Odd) -> None:
     code = (
-        "results = [odd.size.delay('x') for _ in range(8_500)]\n"
+        "calls = [odd.size.s('x') for _ in range(8_500)]\n"
+        "results = [call.freeze() for call in calls]\n"
+        "tasks.app.publish_in_bulk(calls)\n"
         "print(results[-1].get(timeout=60), sum(result.get(timeout=60) for result in results))"
     )
     assert odd.call(code).stdout == "1 8500\n"
@@ -404,14 +406,14 @@ def test_the_reply_queue_of_a_dead_caller_expires(odd: Odd, session_node: Node) 
         names = session_node.control("-q", "list_queues", "-p", "odd", "name", "--no-table-headers").split()
         return [name for name in names if name.count("-") == 4]
 
-    # Given results that expire after five seconds
+    # Given results that expire after ten seconds
     before = set(reply_queues())
-    code = "tasks.app.conf.result_expires = 5\nodd.size.delay('x')\nimport os\nos._exit(0)"
+    code = "tasks.app.conf.result_expires = 10\nodd.size.delay('x')\nimport os\nos._exit(0)"
     # When a caller dies that has not asked for its result
     odd.call(code)
     assert set(reply_queues()) - before
     # Then its queue is deleted
-    until(lambda: not set(reply_queues()) - before)
+    until(lambda: not set(reply_queues()) - before, 60)
 
 
 def test_a_caller_that_publishes_for_longer_than_its_results_last(odd: Odd) -> None:
@@ -656,4 +658,4 @@ def test_a_replay_that_is_cut_off_tells_why(fresh: str) -> None:
 def test_dead_letters_of_no_app() -> None:
     finished = python("-m", "celery", "dead-letters", "list")
     assert finished.returncode == 2
-    assert finished.stderr.splitlines()[-1] == "Fix: celery -A APP dead-letters …"
+    assert finished.stderr.splitlines()[-1] == "Fix: name it after -A: celery -A APP dead-letters …"
