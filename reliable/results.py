@@ -9,6 +9,7 @@ import itertools
 import math
 import os
 import sys
+import threading
 import time
 from typing import Any
 
@@ -36,6 +37,7 @@ class RPCBackend(ChordBackend):
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self.deletes_queue_at_exit = False
+        self.declaring = threading.Lock()
         self.attempts = itertools.count()  # To declare the reply queue for the first time
         self.receive_again = 0.0  # When `receive` looks again, in seconds of the monotonic clock
         # Otherwise Celery drops the oldest of more than 8,192 unread results.
@@ -126,7 +128,7 @@ class RPCBackend(ChordBackend):
         is_expiring = unread > (self.expires or math.inf) / 2
         if self.oid in declared and not is_expiring:
             return
-        with self.result_consumer.lock:  # No other thread may publish before the first declaration is done
+        with self.declaring:  # No other thread may publish before the first declaration is done
             if self.deletes_queue_at_exit:  # It has been declared before
                 queue = self.binding(producer.channel)
                 maybe_declare(queue, retry=True, **self.app.conf.task_publish_retry_policy)
