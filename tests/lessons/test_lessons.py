@@ -467,7 +467,9 @@ def test_bulk_publishing_takes_no_more_memory_for_more_tasks(fresh: str) -> None
         "    tasks.app.publish_in_bulk(tasks.check_price.s(i) for i in range(number))\n"
         "    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)\n"
     )
-    first, second = map(int, python("-c", code, CELERY_BROKER_URL=fresh).stdout.split())
+    finished = python("-c", code, CELERY_BROKER_URL=fresh)
+    assert finished.returncode == 0, finished.stderr
+    first, second = map(int, finished.stdout.split())
     assert second - first < 2048  # KiB; 15,000 more tasks would take over ten times as much
 
 
