@@ -48,7 +48,9 @@ class Shop:
     def lines(self) -> list[tuple[int, float]]:
         """Return each number of the ledger, with the time when it was written."""
         text = self.ledger.read_text() if self.ledger.exists() else ""
-        return [(int(line.split()[0]), float(line.split()[1])) for line in text.splitlines()]
+        return [
+            (int(line.split()[0]), float(line.split()[1])) for line in text.rpartition("\n")[0].splitlines()
+        ]
 
     def done(self) -> Counter[int]:
         """Return how often each number stands in the ledger."""
