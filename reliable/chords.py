@@ -100,25 +100,26 @@ class ChordBackend(FailingBackend):
         if any(isinstance(result, GroupResult) for result in results):  # A chain that ends in a group
             body["shape"] = ids(results)
         with self.app.amqp.producer_pool.acquire(block=True) as producer:
-            self.declare_new(self.chord_queue(group_id), producer, itertools.count())
+            self.declare(self.chord_queue(group_id), producer, itertools.count())
 
-    def declare_new(self, queue: Queue, producer: Producer, attempts: Iterator[int]) -> None:
-        """Declare a queue that nobody has published to yet.
+    def declare(self, queue: Queue, producer: Producer, attempts: Iterator[int] | None = None) -> None:
+        """Declare a queue on the connection of a producer, and connect the producer again if it is lost.
 
         A node that died while it declared the queue may have left a broken one, which RabbitMQ 4 reports as
-        declared, but which accepts no messages. So every attempt but the first deletes the queue before.
+        declared, but which accepts no messages. So with `attempts`, for a queue that nobody has published to
+        yet, every attempt but the first deletes the queue before.
 
         Raises:
             kombu.exceptions.OperationalError: RabbitMQ cannot be reached.
         """
-        queue = queue(producer.channel)
 
         def declare() -> None:
-            if next(attempts):
-                queue.delete()
-            queue.declare()
+            declared = queue(producer.channel)
+            if attempts and next(attempts):
+                declared.delete()
+            declared.declare()
 
-        producer.connection.ensure(queue, declare, **self.app.conf.task_publish_retry_policy)()
+        producer.connection.ensure(producer, declare, **self.app.conf.task_publish_retry_policy)()
 
     def on_chord_part_return(self, request: Context, state: str, result: Any, **_: Any) -> None:
         """Add the part of a task to its chord. Wait while RabbitMQ is unreachable, as for a result.

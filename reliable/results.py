@@ -17,7 +17,6 @@ from amqp import AMQPError
 from celery import states
 from celery.result import task_join_will_block
 from kombu import Producer, Queue
-from kombu.common import maybe_declare
 
 from reliable.chords import ChordBackend
 from reliable.errors import UNREACHABLE
@@ -129,12 +128,9 @@ class RPCBackend(ChordBackend):
         if self.oid in declared and not is_expiring:
             return
         with self.declaring:  # No other thread may publish before the first declaration is done
-            if self.deletes_queue_at_exit:  # It has been declared before
-                queue = self.binding(producer.channel)
-                maybe_declare(queue, retry=True, **self.app.conf.task_publish_retry_policy)
-            else:
-                self.declare_new(self.binding, producer, self.attempts)
-                self.delete_queue_at_exit()
+            is_new = not self.deletes_queue_at_exit
+            self.declare(self.binding, producer, self.attempts if is_new else None)
+            self.delete_queue_at_exit()
         declared.add(self.oid)
         if is_expiring:
             with contextlib.suppress(TimeoutError):

@@ -3,6 +3,8 @@
 import contextlib
 import shutil
 import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -12,8 +14,8 @@ from urllib.parse import urlsplit
 import pytest
 from programs import PATHS, PROJECT, WebServer, python, start_python
 
-from reliable.rabbitmq_node import Node
-from reliable.testing import Worker, until
+from reliable.rabbitmq_node import Node, clean_environment
+from reliable.testing import Worker, depth, until
 
 pytestmark = pytest.mark.usefixtures("worker")
 
@@ -223,6 +225,31 @@ print(tasks.add.delay(1, 2).get(timeout=50))
         firewall.forget()
         # Then it gets that result, and others
         assert caller.communicate("\n", timeout=60)[0] == "sent to Ada\n3\n"
+
+
+# --- Beat, which keeps one producer -------------------------------------------------------------
+def test_beat_goes_on_after_rabbitmq_was_down(node: Node, tmp_path: Path) -> None:
+    # Given a beat whose task sends its result
+    schedule = '{"add": {"task": "tasks.add", "args": (1, 1), "schedule": 0.5}}'
+    (tmp_path / "often.py").write_text(f"from tasks import app\napp.conf.beat_schedule = {schedule}\n")
+    command = [sys.executable, "-m", "celery", "-A", "often", "beat", "-s", str(tmp_path / "schedule")]
+    environment = clean_environment(CELERY_BROKER_URL=node.url, **PATHS)
+    log = tmp_path / "beat.log"
+    with (
+        log.open("w") as output,
+        subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=output) as beat,
+    ):
+        try:
+            until(lambda: node.queues("messages").get("default"))
+            # When RabbitMQ is down for so long that publishing fails
+            node.stop()
+            until(lambda: "did not accept" in log.read_text())
+            node.start()
+            # Then beat publishes again
+            before = depth(node.url, "default")
+            until(lambda: depth(node.url, "default") > before)
+        finally:
+            beat.terminate()
 
 
 # --- asyncio ------------------------------------------------------------------------------------
