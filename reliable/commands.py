@@ -44,7 +44,7 @@ def select(
         else:
             others += 1
     if missing:
-        names = ", ".join(sorted(missing))
+        names = ", ".join(sorted(missing)[:3]) + (" …" if len(missing) > 3 else "")
         exit_now(
             f"No dead letter has an ID that starts with {names}, or another command is reading it",
             "celery -A APP dead-letters list",
