@@ -93,10 +93,13 @@ def end(worker: Worker, sign: signal.Signals, timeout: float = 40) -> None:
 def pool_processes_are_killed(shop: Shop, _nodes: list[Node]) -> None:
     """Kill ten processes of the pool, one after another."""
     assert shop.worker.process
+    killed: list[psutil.Process] = []
     for kill in range(10):
         shop.after(100 + 50 * kill)
         children = psutil.Process(shop.worker.process.pid).children()
-        children[kill % len(children)].kill()
+        living = [child for child in children if child not in killed]
+        killed.append(living[kill % len(living)])
+        killed[-1].kill()
 
 
 def the_worker_is_killed(shop: Shop, _nodes: list[Node]) -> None:
