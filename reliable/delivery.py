@@ -102,11 +102,15 @@ class Request(CeleryRequest):
                 leave a worker process waiting forever, or the message would be lost.
         """
         super().__init__(message, **options)
-        limits, stamps = self.time_limits, self.request_dict.get("stamped_headers") or []
+        limits = self.request_dict.get("timelimit") or (None, None)
+        stamps = self.request_dict.get("stamped_headers") or []
         if not isinstance(self.kwargs, dict):
             raise InvalidTaskError("the keyword arguments are not a mapping")
         if len(limits) != 2 or not all(isinstance(limit, (int, float, NoneType)) for limit in limits):
             raise InvalidTaskError("the time limits must be two numbers or None")
+        hard, soft = limits[0] or self.task.time_limit, limits[1] or self.task.soft_time_limit
+        if hard and soft:  # A pool begins to wait for the hard limit when the soft one has passed
+            self.time_limits = (hard, min(hard, soft))
         if any(callable(getattr(Context, name, None)) for name in self.request_dict):
             raise InvalidTaskError("a header has the name of a method")
         if not isinstance(stamps, list) or not all(isinstance(stamp, str) for stamp in stamps):

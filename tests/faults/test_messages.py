@@ -109,6 +109,12 @@ def test_a_time_limit_above_the_global_one_is_legal(odd: Odd) -> None:
     assert odd.call("print(odd.wait_long.delay().get(timeout=20))").stdout == "done\n"
 
 
+def test_a_longer_soft_limit_does_not_put_off_the_hard_one(odd: Odd) -> None:
+    failed = odd.call("odd.wait_with_a_limit.apply_async((30,), soft_time_limit=60).get(timeout=20)")
+    assert "TimeLimitExceeded" in failed.stderr
+    take(odd.url, "dead-letters")
+
+
 def test_a_retry_with_a_short_countdown_is_not_lost(odd: Odd) -> None:
     assert odd.call("print(odd.retry_soon.delay().get(timeout=20))").stdout == "1\n"
 
