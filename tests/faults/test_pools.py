@@ -131,7 +131,9 @@ def test_a_solo_worker_runs_a_task_longer_than_the_heartbeat_once(fresh: str, tm
             "-c", "import tasks; tasks.send_email.delay('Ada', 9).get(timeout=60)", CELERY_BROKER_URL=fresh
         )
         python("-c", "import tasks; tasks.add.delay(2, 2).get(timeout=60)", CELERY_BROKER_URL=fresh)
-        assert worker.log.read_text().count("received") == 2
+        log = worker.log.read_text()
+        assert log.count("received") == 2
+        assert "The solo pool has no time limits" in log
 
 
 def test_a_greenlet_over_its_hard_time_limit_is_a_dead_letter(fresh: str, tmp_path: Path) -> None:

@@ -87,6 +87,16 @@ def test_dead_letters_wait_while_their_queue_is_full(tmp_path: Path) -> None:
             assert {letter.headers["task"] for letter in letters} == {"tasks.ship"}
 
 
+def test_a_message_is_refused_while_unrouted_is_full(fresh: str, session_node: Node) -> None:
+    # Given a bounded queue
+    bound, host = '{"max-length": 1, "overflow": "reject-publish"}', fresh.rpartition("/")[2]
+    session_node.control("set_policy", "-p", host, "bound", "^unrouted$", bound)
+    # When more comes than fits in, then the caller gets an error
+    code = "import tasks\nwhile True: tasks.add.apply_async((1, 1), routing_key='nowhere')"
+    assert "QueueFullError" in python("-c", code, CELERY_BROKER_URL=fresh).stderr
+    assert depth(fresh, "unrouted") > 0
+
+
 @pytest.mark.parametrize("name", ["dead-letters", "unrouted"])
 def test_a_message_that_is_kept_may_be_returned_often(name: str, fresh: str, tmp_path: Path) -> None:
     # Given a dead letter, or a message that no binding matches
