@@ -293,9 +293,9 @@ def cut(paths: Iterable[Path]) -> Iterator[str]:
     rest = ""
     for path in paths:
         for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
-            if file.is_dir() or any(part.startswith(".") for part in file.relative_to(path).parts):
-                continue
             try:
+                if file.is_dir() or any(part.startswith(".") for part in file.relative_to(path).parts):
+                    continue
                 text = io.StringIO(rest + file.read_text(encoding="utf-8") + "\n")
             except (OSError, UnicodeDecodeError):
                 click.echo(f"  skipped, since it cannot be read as text: {file}", err=True)

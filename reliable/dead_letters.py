@@ -79,17 +79,22 @@ class DeadLetter:
         try:
             if compression := self.headers.get("compression"):
                 body = unpack(body, compression)
-            body = json.loads(body)
+            body = json.loads(body, object_hook=self.hide_arguments)
         except Exception:  # noqa: BLE001  (anybody may have made it)
             body = repr(body)
         properties = {
             name: value for name, value in self.message.properties.items() if name != "application_headers"
         }
         return {
-            "headers": self.headers,
+            "headers": self.headers | SECRET if self.is_secret else self.headers,
             "properties": properties,
             "body": SECRET["argsrepr"] if self.is_secret else body,
         }
+
+    def hide_arguments(self, part: dict[str, Any]) -> dict[str, Any]:
+        """Hide the arguments of a secret task that follows in a chain, a chord or a `link`."""
+        hidden = {"args": SECRET["argsrepr"], "kwargs": {}}
+        return part | hidden if is_secret(self.app, part.get("task")) else part
 
     def replay(self) -> None:
         """Publish the task to the queue it came from. Delete the dead letter once RabbitMQ confirms that.

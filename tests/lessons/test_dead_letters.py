@@ -191,6 +191,19 @@ def test_a_whole_letter_is_shown(fresh: str) -> None:
     )
 
 
+def test_the_arguments_of_a_secret_task_that_follows_are_not_shown(fresh: str) -> None:
+    code = (
+        "import tasks\n"
+        "first = tasks.count_words.si('sesame').set(expires=0.001)\n"
+        "(first | tasks.charge_card.si('order 7', card='5500')).delay()"
+    )
+    python("-c", code, CELERY_BROKER_URL=fresh).check_returncode()
+    until(lambda: depth(fresh, "dead-letters") == 1)
+    shown = dead_letters(fresh, "show").stdout
+    assert "sesame" in shown
+    assert "5500" not in shown
+
+
 def test_a_letter_is_found_by_an_id_of_any_length(fresh: str) -> None:
     task_id = f"{'order ' * 10}parcel"
     code = f"import tasks; tasks.check_price.apply_async((1,), task_id={task_id!r}, expires=0.001)"
