@@ -22,6 +22,7 @@ from kombu.compression import decompress
 from kombu.transport.pyamqp import Message as AMQPMessage
 
 from reliable.errors import UnreportedError
+from reliable.publishing import SECRET
 
 NoneType = type(None)
 logger = get_logger(__name__)
@@ -102,6 +103,9 @@ class Request(CeleryRequest):
                 leave a worker process waiting forever, or the message would be lost.
         """
         super().__init__(message, **options)
+        if self.is_secret:  # Its caller may not know
+            self.request_dict.update(SECRET)
+            self._argsrepr, self._kwargsrepr = SECRET.values()
         limits = self.request_dict.get("timelimit") or (None, None)
         stamps = self.request_dict.get("stamped_headers") or []
         if not isinstance(self.kwargs, dict):
@@ -122,6 +126,11 @@ class Request(CeleryRequest):
             raise InvalidTaskError(
                 "the eta is more than 15 minutes away, and the task did not come through the delay queues"
             )
+
+    @property
+    def is_secret(self) -> bool:
+        """Return whether the arguments are hidden."""
+        return bool(getattr(self.task, "secret", False))
 
     def on_failure(self, exc_info: Any, send_failed_event: bool = True, return_ok: bool = False) -> None:
         """Keep a task that ran out of memory as a dead letter. Celery would end the whole worker."""
@@ -192,4 +201,4 @@ class Request(CeleryRequest):
 
     def info(self, safe: bool = False) -> Any:
         """Answer `celery inspect active`, without the arguments of a secret task."""
-        return super().info(safe=safe or getattr(self.task, "secret", False))
+        return super().info(safe=safe or self.is_secret)

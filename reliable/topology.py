@@ -10,6 +10,7 @@ from amqp import NotFound
 from celery.utils.log import get_logger
 from kombu import Connection, Exchange, Queue
 from kombu.common import Broadcast
+from kombu.exceptions import OperationalError
 from kombu.transport.native_delayed_delivery import (
     bind_queue_to_native_delayed_delivery_exchange,
     declare_native_delayed_delivery_exchanges_and_queues,
@@ -99,17 +100,17 @@ def ensure_connection(app: celery.Celery, connection: Connection) -> None:
     connection.ensure_connection(**policy)
 
 
-def is_out_of_reach(app: celery.Celery, queue: Queue) -> bool:
-    """Declare a queue, and return whether that failed because its node in a cluster is down."""
+def declare_if_reachable(app: celery.Celery, queue: Queue) -> bool:
+    """Declare a queue. Return False if it is out of reach, since its node in a cluster is down."""
     options = {"read_timeout": NODE_TIMEOUT}
     try:
         with app.connection_for_write(transport_options=options) as connection:
             ensure_connection(app, connection)
             queue(connection.channel()).declare()
-    except (NotFound, TimeoutError):
+    except (NotFound, TimeoutError, OperationalError):
         logger.warning("The queue %s is out of reach: its RabbitMQ node is down", queue.name)
-        return True
-    return False
+        return False
+    return True
 
 
 def declare(app: celery.Celery, connection: Connection) -> list[Queue]:
@@ -132,7 +133,7 @@ def declare(app: celery.Celery, connection: Connection) -> list[Queue]:
             is_quorum = QUORUM.items() <= (queue.queue_arguments or {}).items()
             if is_quorum or not in_cluster:
                 queue(channel).declare()
-            elif is_out_of_reach(app, queue):
+            elif not declare_if_reachable(app, queue):
                 missing.append(queue)
     if connection.transport.driver_type == "amqp":
         declare_native_delayed_delivery_exchanges_and_queues(connection, "quorum")

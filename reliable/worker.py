@@ -50,6 +50,7 @@ class Consumer(AcknowledgesInGroups, RefusesMessages):
     def __init__(self, *args: Any, **options: Any) -> None:
         self.out_of_reach: list[Queue] = []
         super().__init__(*args, **options)
+        self.timer.call_repeatedly(LOOK_AGAIN, self.look_again)
         pool = type(self.pool).__module__.rpartition(".")[2]  # Such as "prefork" or "thread"
         if pool == "solo":
             self.amqheartbeat = 0  # It cannot answer while a task runs; RabbitMQ would close the connection
@@ -113,7 +114,8 @@ class Consumer(AcknowledgesInGroups, RefusesMessages):
             celery.exceptions.WorkerShutdown: RabbitMQ refused something that only an operator can fix.
         """
         try:
-            connection = super().connect()
+            # Known to the consumer at once, which closes it if a declaration fails
+            connection = self.connection = super().connect()
             missing = topology.declare(self.app, connection)
         except PreconditionFailed as error:
             self.shut_down(error)
@@ -127,8 +129,6 @@ class Consumer(AcknowledgesInGroups, RefusesMessages):
         consumed = self.app.amqp.queues.consume_from  # Fewer than all, with the option -Q
         self.out_of_reach += [queue for queue in missing if queue.name in consumed]
         self.app.amqp.queues.deselect([queue.name for queue in self.out_of_reach])
-        if self.out_of_reach:
-            self.timer.call_after(LOOK_AGAIN, self.look_again)
         if self.hub:
             self.timer.call_repeatedly(SWEEP, self.sweep_timers)
             if hasattr(self.pool._pool, "maintain_pool"):  # Prefork
@@ -157,14 +157,10 @@ class Consumer(AcknowledgesInGroups, RefusesMessages):
 
     def look_again(self) -> None:
         """Consume from the queues whose RabbitMQ node is back."""
-        try:
-            for queue in self.out_of_reach.copy():
-                if not topology.is_out_of_reach(self.app, queue):
-                    self.out_of_reach.remove(queue)
-                    self.add_task_queue(queue.name)
-        finally:
-            if self.out_of_reach:
-                self.timer.call_after(LOOK_AGAIN, self.look_again)
+        for queue in self.out_of_reach.copy():
+            if topology.declare_if_reachable(self.app, queue):
+                self.add_task_queue(queue.name)
+                self.out_of_reach.remove(queue)
 
     def sweep_timers(self) -> None:
         """Forget the time limits of tasks that ended. Otherwise each uses memory until its time has come."""

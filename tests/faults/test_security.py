@@ -192,6 +192,34 @@ def test_a_user_of_few_rights_can_do_no_more(few_rights: str) -> None:
         elsewhere.connect()
 
 
+def test_a_worker_whose_rights_are_taken_away_for_a_while_goes_on(
+    session_node: Node, tmp_path: Path, fresh: str
+) -> None:
+    host = tmp_path.name
+    grant = partial(session_node.control, "set_permissions", "-p", host, "ada")
+
+    def connections() -> int:
+        return session_node.control("-q", "list_connections", "vhost").split().count(host)
+
+    def add() -> str:
+        code = "import tasks; print(tasks.add.delay(2, 2).get(timeout=60))"
+        return python("-c", code, CELERY_BROKER_URL=fresh).stdout
+
+    session_node.control("add_user", "ada", "secret")
+    grant(".*", ".*", ".*")
+    with Worker("tasks", fresh.replace("guest:guest", "ada:secret"), tmp_path, "-c1") as worker:
+        assert add() == "4\n"
+        before = connections()
+        # When it has tried to declare its queues many times
+        grant("^$", ".*", ".*")
+        session_node.control("close_all_connections", "-p", host, "test")
+        until(lambda: worker.log.read_text().count("ACCESS_REFUSED") > 20)
+        grant(".*", ".*", ".*")
+        # Then it runs tasks again, and none of those connections is left
+        assert add() == "4\n"
+        until(lambda: connections() <= before)
+
+
 # --- Hostile messages ---------------------------------------------------------------------------
 class Victim:
     """A worker, and the means to publish what nobody should."""
@@ -441,12 +469,13 @@ def test_a_secret_argument_is_in_no_log_and_no_monitor(victim: Victim, tmp_path:
     try:
         until(lambda: "heartbeat" in watched.read_text())
         # When a task that has the number of a card runs, and fails; and when nobody knows it
-        victim.call(f"notes.pay.delay({CARD!r}, seconds=5)")
+        celery(victim.url, "call", "apps.notes.pay", "-a", json.dumps([CARD, 5]))  # Unknown to its caller
         active = until(lambda: celery(victim.url, "inspect", "active", "-j").stdout.partition("notes.pay")[2])
         victim.call(f"tasks.charge_card.delay('order 7', busy=0, card={CARD!r}).get(timeout=20)")
         victim.send((json.dumps([[CARD], {}, {}]).encode(), properties("no.such")))
         until(lambda: depth(victim.url, "dead-letters") == 2)
-        listed = celery(victim.url, "dead-letters", "list").stdout
+        listing = "dead-letters", "list", "--task", "apps.notes.pay"
+        listed = celery(victim.url, *listing, app="apps.notes").stdout
         letters = victim.letters(2)
         until(lambda: "task failed" in watched.read_text())
     finally:
@@ -456,7 +485,7 @@ def test_a_secret_argument_is_in_no_log_and_no_monitor(victim: Victim, tmp_path:
     assert all(CARD in str(letter.body) for letter in letters)
     for seen in active, watched.read_text(), listed:
         assert "(secret)" in seen
-    for seen in active, victim.log.read_text(), watched.read_text():
+    for seen in active, victim.log.read_text(), watched.read_text(), listed:
         assert CARD not in seen
 
 

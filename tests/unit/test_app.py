@@ -11,7 +11,8 @@ from celery.app.defaults import DEFAULTS
 from celery.contrib.django.task import DjangoTask
 from programs import python
 
-from reliable import Celery, Task, publishing
+from reliable import Celery, Task, publishing, topology
+from reliable.rabbitmq_node import free_port
 from reliable.settings import SETTINGS
 from reliable.topology import CONSUMER_TIMEOUT, consumer_timeout, work_queue
 
@@ -54,6 +55,11 @@ def test_an_app_that_sets_a_transport_option_keeps_the_others() -> None:
     )
     app.conf.broker_transport_options = {"confirm_publish": False}
     assert not app.connection_for_write().transport_options["confirm_publish"]
+
+
+def test_a_queue_is_out_of_reach_if_no_node_answers() -> None:
+    app = Celery("one", broker=f"amqp://127.0.0.1:{free_port()}//", set_as_current=False)
+    assert not topology.declare_if_reachable(app, work_queue("default"))
 
 
 def test_two_apps_have_settings_and_tasks_of_their_own() -> None:

@@ -73,6 +73,7 @@ NEEDED: list[tuple[str, Any, str, str]] = [
     ),
     ("delivery", Request, "_already_cancelled", "keeps a cancelled task from being reported as revoked"),
     ("delivery", Request, "request_dict time_limits", "are what the message contains"),
+    ("delivery", Request, "_argsrepr _kwargsrepr", "are what events show of the arguments"),
     ("delivery", Request, "on_success on_timeout", "are called with the outcome of a task"),
     ("delivery", Request, "acknowledge reject", "are called after a task, even before it is reported"),
     ("delivery", Context, "_get_custom_headers", "is hidden by a header of the same name"),
