@@ -21,25 +21,23 @@ from typing import Any
 from uuid import uuid4
 
 import click
-from amqp import AMQPError
 from celery import chord, group
 from celery.exceptions import ImproperlyConfigured
 from celery.exceptions import TimeoutError as NoAnswer
 from celery.result import AsyncResult
 from kombu import Exchange, Queue
-from kombu.exceptions import OperationalError
 
 import tasks
 from reliable import local
 from reliable.dead_letters import wait_for
-from reliable.errors import describe_error, exit_now
+from reliable.errors import UNREACHABLE, describe_error, exit_now
 from reliable.local import Run
 from reliable.own_worker import own_worker
 from tasks import app
 
 TIMEOUT = 30  # How long a lesson waits for one answer, in seconds
 MESSAGE_SIZE = 16_000  # In characters; a message then continues to the end of the line
-BROKER_ERRORS = (OperationalError, AMQPError, OSError, NoAnswer)
+BROKER_ERRORS = (*UNREACHABLE, NoAnswer)
 Rows = list[dict[str, Any]]
 
 
@@ -401,14 +399,14 @@ def show(outcome: dict[str, Any]) -> None:
     click.echo(f"  {click.style(status, fg=colour)}{reason} ({outcome['seconds']:.1f} s)")
 
 
-def summarize(outcomes: list[dict[str, Any]], run: Run) -> str:
+def summarize(outcomes: list[dict[str, Any]]) -> str:
     """Return how many lessons passed, failed or were skipped, and how to run the skipped ones."""
     counts = Counter(outcome["status"] for outcome in outcomes)
     seconds = sum(outcome["seconds"] for outcome in outcomes)
     text = ", ".join(f"{number} {status}" for status, number in counts.items()) + f" in {seconds:.0f} s."
-    if skipped := [outcome["lesson"] for outcome in outcomes if outcome["status"] == "skipped"]:
-        fix = next(NEEDS[need][1] for need in LESSONS[skipped[0]][1] if not NEEDS[need][0](run))
-        text += f" To run {', '.join(skipped)}: {fix}"
+    for need, (_, fix) in NEEDS.items():
+        if skipped := [outcome["lesson"] for outcome in outcomes if outcome["reason"] == f"needs {need}"]:
+            text += f"\nTo run {', '.join(skipped)}: {fix}"
     return text
 
 
@@ -449,7 +447,7 @@ def cli(names: tuple[str, ...], paths: tuple[Path, ...], as_list: bool, embedded
                 click.echo(f"\n{click.style(name, bold=True)}: {LESSONS[name][0].__doc__}")
             outcomes.append(outcome := run_lesson(name, run, paths))
             click.echo(json.dumps(outcome, default=str)) if as_json else show(outcome)
-    click.echo(f"\n{summarize(outcomes, run)}", err=as_json)
+    click.echo(f"\n{summarize(outcomes)}", err=as_json)
     return int(any(outcome["status"] == "failed" for outcome in outcomes))
 
 

@@ -94,7 +94,7 @@ def charge_card(self: Task, order: str, busy: int = 2, card: str = "4111 1111 11
 # A task can run twice: its worker may die after the payment, before it acknowledges the task. The number
 # of the order is the idempotency key: the books of the simulated gateway hold each number once. They are an
 # SQLite file that all workers share. Workers on several machines would need a database server instead.
-_default = Path(tempfile.gettempdir(), f"simulated-gateway-{getattr(os, 'getuid', int)()}.sqlite3")
+_default = Path(tempfile.gettempdir(), f"simulated-gateway-{os.getuid()}.sqlite3")
 BOOKS = Path(os.environ.get("GATEWAY_BOOKS", _default))
 
 

@@ -62,7 +62,9 @@ def states(order: UUID) -> dict[str, Any]:
     """Return the state of each task of an order, and how many items of the parcel are packed."""
     names = ["payment", *work_after_payment(order)]
     results = {name: tasks.app.AsyncResult(f"{order} {name}") for name in names}
-    states = {name: result.state for name, result in results.items()}
     parcel = results["parcel"].info  # The progress, the result, or an error
     packed = parcel["packed"] if isinstance(parcel, dict) else parcel
-    return {"states": states, "packed": packed if isinstance(packed, int) else None}
+    return {
+        "states": {name: result.state for name, result in results.items()},
+        "packed": packed if isinstance(packed, int) else None,
+    }

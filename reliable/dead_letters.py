@@ -162,13 +162,13 @@ def requeueing_channel(connection: Any) -> Iterator[Any]:
 
 
 @contextlib.contextmanager
-def wait_for(app: celery.Celery, task_id: str, timeout: float = 30) -> Iterator[DeadLetter]:
-    """Wait up to `timeout` seconds for the dead letter of a task, which may come after its error.
+def wait_for(app: celery.Celery, task_id: str) -> Iterator[DeadLetter]:
+    """Wait for the dead letter of a task, which may come after its error.
 
     Raises:
-        LookupError: it has not come.
+        LookupError: it has not come within 30 seconds.
     """
-    deadline = time.monotonic() + timeout
+    deadline = time.monotonic() + 30
     while time.monotonic() < deadline:
         with app.connection_for_write() as connection, requeueing_channel(connection) as channel:
             for letter in read(app, channel):

@@ -35,7 +35,7 @@ def read_environment(env_file: Path) -> Environment:
         check_url("CELERY_BROKER_URL", url)
     else:
         url = url_from_parts(has_tls)
-        check_url("RABBITMQ_PORT", url)
+        check_url("RABBITMQ_HOST or RABBITMQ_PORT", url)
     schemes = {urlsplit(part).scheme for part in url.split(";")}
     if "amqps" in schemes or has_tls:
         if schemes != {"amqps"}:
@@ -96,7 +96,7 @@ def check_url(variable: str, url: str) -> None:
         except ValueError:  # Its text may quote a piece of the password
             port = 0
         if port == 0:
-            exit_now(f"{variable}: the port must be between 1 and 65535", fix)
+            exit_now(f"{variable}: the host or the port (1 to 65535) is wrong", fix)
         if scheme not in ("amqp", "amqps") and part != "memory://":
             exit_now(f"{variable}: the URL must start with amqp:// or amqps://", fix)
 

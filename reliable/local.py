@@ -47,10 +47,13 @@ def find_or_start(app: celery.Celery, embedded: bool = False) -> Iterator[Run]:
     Without RabbitMQ, run a broker and a worker in this process. The program exits if the environment or
     `.env` names a RabbitMQ that cannot be reached.
     """
-    where = "" if embedded or app.conf.broker_url == "memory://" else find_rabbitmq(app)
+    if embedded:
+        where, reason = "", "--embedded"
+    elif app.conf.broker_url == "memory://":
+        where, reason = "", "memory://"
+    else:
+        where, reason = find_rabbitmq(app), f"cannot connect to {app.connection_for_write().as_uri()}"
     if not where:
-        uri = app.connection_for_write().as_uri()
-        reason = "--embedded" if embedded or "memory:" in uri else f"cannot connect to RabbitMQ at {uri}"
         start_embedded(app)
         with allow_join_result():  # The program waits for results in the process of the worker
             yield Run(f"Embedded broker and worker ({reason})", find_workers(app), embedded=True)
@@ -91,8 +94,9 @@ def report_block(_reason: str) -> None:
 def connect(app: celery.Celery) -> str:
     """Connect to RabbitMQ, declare the topology, and return the version and where it is.
 
-    If RabbitMQ does not answer, this fails within five seconds. Raises what a connection and
-    `app.declare_topology_once` raise.
+    Raises:
+        kombu.exceptions.OperationalError: RabbitMQ does not answer within five seconds.
+        amqp.AMQPError: it refuses the user, or a queue that `app.declare_topology_once` declares.
     """
     limits = {"read_timeout": 1.5, "write_timeout": 1.5}  # Seconds: another program may listen on that port
     with app.connection_for_write(connect_timeout=1.5, transport_options=limits) as connection:
@@ -102,16 +106,12 @@ def connect(app: celery.Celery) -> str:
         return f"RabbitMQ {version} at {connection.as_uri()}"  # Without the password
 
 
-def find_workers(app: celery.Celery, *names: str) -> dict[str, Any]:
-    """Return the statistics of each worker node that answers, by its name.
-
-    With names, it waits up to five seconds for these nodes. Without names, it waits one second for any node.
-    """
-    inspect = app.control.inspect(list(names) or None, timeout=5 if names else 1, limit=len(names) or None)
-    return inspect.stats() or {}
+def find_workers(app: celery.Celery) -> dict[str, Any]:
+    """Return the statistics of each worker node that answers within a second, by its name."""
+    return app.control.inspect(timeout=1).stats() or {}
 
 
-def start_embedded(app: celery.Celery, concurrency: int = 8) -> None:
+def start_embedded(app: celery.Celery) -> None:
     """Use kombu's broker in this process, and run a worker in a thread until the process ends.
 
     Stopping that worker would take four seconds, so nothing stops it.
@@ -123,7 +123,7 @@ def start_embedded(app: celery.Celery, concurrency: int = 8) -> None:
         app=app,
         hostname="embedded@localhost",
         pool="threads",
-        concurrency=concurrency,
+        concurrency=8,
         without_gossip=True,
         without_mingle=True,
     )

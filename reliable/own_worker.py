@@ -21,18 +21,20 @@ TIMEOUT = 30
 
 
 @contextlib.contextmanager
-def own_worker(app: celery.Celery, concurrency: int = 8) -> Iterator[dict[str, Any]]:
+def own_worker(app: celery.Celery) -> Iterator[dict[str, Any]]:
     """Run `celery worker` beside this program, and give its statistics by the name of its node.
 
     At the end the worker finishes the tasks that it has begun. If this program fails or is killed, the worker
     is killed, and RabbitMQ delivers its tasks again. The program exits if the worker does not start.
     """
     name = f"own{secrets.token_hex(2)}@localhost"
-    options = [f"-c{concurrency}", "-lwarning", "-n", name]
+    options = ["-c8", "-lwarning", "-n", name]
     command = [sys.executable, "-m", "reliable.own_worker", "-A", app.main, "worker", *options]
     with (
         tempfile.TemporaryFile() as log,
-        subprocess.Popen(command, stdin=-1, stdout=log, stderr=log, start_new_session=True) as process,
+        subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=log, stderr=log, start_new_session=True
+        ) as process,
     ):
         deadline = time.monotonic() + TIMEOUT
         while not (statistics := app.control.inspect([name], timeout=0.5, limit=1).stats()):

@@ -68,6 +68,8 @@ SETTINGS: dict[str, Any] = {
     "worker_soft_shutdown_timeout": 10,  # Seconds
     # Otherwise a worker exits if it starts before RabbitMQ.
     "broker_connection_retry_on_startup": True,
+    # Otherwise a worker exits after 45 minutes without RabbitMQ.
+    "broker_connection_max_retries": None,
     # Otherwise a worker exits when RabbitMQ closes a channel.
     "broker_channel_error_retry": True,
     # Otherwise a worker takes four minutes to notice a dead RabbitMQ.

@@ -135,6 +135,18 @@ def test_temporary_queues_of_one_node_are_classic(session_node: Node, fresh: str
         caller.communicate("\n", timeout=20)
 
 
+def test_a_worker_waits_for_rabbitmq_for_as_long_as_it_takes(tmp_path: Path) -> None:
+    url = f"amqp://127.0.0.1:{free_port()}//"
+    log = tmp_path / "worker.log"
+    command = ["-m", "celery", "-A", "tasks", "worker", "-c1", "--include", "apps.tireless", "-f", str(log)]
+    with start_python(*command, CELERY_BROKER_URL=url) as worker:
+        until(log.exists)
+        # Celery's default is 100 attempts
+        until(lambda: worker.poll() is not None or log.read_text().count("Cannot connect to") > 120)
+        assert worker.poll() is None
+        worker.kill()
+
+
 def test_the_first_two_nodes_of_the_url_are_down(fresh: str, tmp_path: Path) -> None:
     down = [f"amqp://guest:guest@127.0.0.1:{free_port()}//" for _ in range(2)]
     url = ";".join([*down, fresh])

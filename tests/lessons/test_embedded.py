@@ -33,7 +33,16 @@ def test_all_lessons_run_without_rabbitmq() -> None:
     assert "Traceback" not in finished.stderr
     assert finished.stderr.startswith("Embedded broker and worker")
     assert "10 passed, 3 skipped in " in finished.stderr
-    assert "To run nodes, priorities, crash: docker compose up -d --wait" in finished.stderr
+    assert "To run nodes, priorities, crash: docker compose up -d --wait\n" in finished.stderr
+
+
+def test_each_skipped_lesson_is_named_with_what_it_needs() -> None:
+    finished = drive(
+        "nodes", "progress", CELERY_BROKER_URL="memory://", CELERY_RESULT_BACKEND="cache+memory://"
+    )
+    assert finished.stdout.startswith("Embedded broker and worker (memory://)")
+    assert "To run nodes: docker compose up -d --wait\n" in finished.stdout
+    assert "To run progress: remove CELERY_RESULT_BACKEND\n" in finished.stdout
 
 
 def test_plain_lines_where_there_is_no_terminal() -> None:
