@@ -45,6 +45,6 @@ class AcknowledgesInGroups(Consumer):
 
     def register_with_event_loop(self, hub: Any) -> None:
         """Forget the acknowledgements of the old connection. Send the held ones when the event loop ends."""
-        self.held_acks.clear()  # They belong to the previous connection
+        self.held_acks.clear()
         hub.on_close.add(self.send_held_acks)
         super().register_with_event_loop(hub)

@@ -72,8 +72,8 @@ class Unconfirmed:
     def __init__(self, app: celery.Celery, connection: Any) -> None:
         self.app, self.connection = app, connection
         self.channel = connection.channel()
-        self.current: Signature | None = None
-        self.tasks: dict[int, Signature | None] = {}  # By delivery tag: the first message has 1, and so on
+        self.current: Signature  # The task that is being published
+        self.tasks: dict[int, Signature] = {}  # By delivery tag: the first message has 1, and so on
         self.last_tag = 0
         if connection.transport.driver_type == "amqp":  # The embedded broker does not confirm
             self.publish = self.channel.basic_publish
@@ -92,7 +92,7 @@ class Unconfirmed:
 
     def confirm(self, tag: int, multiple: bool) -> None:
         """Forget a message, or all up to this one."""
-        for confirmed in list(takewhile(tag.__ge__, self.tasks)) if multiple else [tag]:
+        for confirmed in list(takewhile(lambda earlier: earlier <= tag, self.tasks)) if multiple else [tag]:
             del self.tasks[confirmed]
 
     def refuse(self, tag: int, multiple: bool) -> None:
@@ -116,7 +116,6 @@ class Unconfirmed:
             raise OperationalError(text) from error
 
 
-def describe(app: celery.Celery, signature: Signature | None) -> str:
+def describe(app: celery.Celery, signature: Signature) -> str:
     """Return the name of a task, with its arguments unless they are secret."""
-    name = signature and signature.get("task")
-    return str(name) if is_secret(app, name) else f"{signature!s:.100}"
+    return str(signature.task) if is_secret(app, signature.task) else f"{signature!s:.100}"

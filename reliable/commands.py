@@ -33,12 +33,9 @@ def select(
         if signal.SIGINT in signal.sigpending():  # See `dead_letter_queue`
             raise KeyboardInterrupt
         matching = {start for start in ids if letter.id.startswith(start)}
-        is_wanted = task in (None, letter.task, letter.headers.get("task")) and reason in (
-            None,
-            letter.reason,
-        )
-        if (matching or not ids) and is_wanted:
-            missing -= matching
+        missing -= matching
+        is_of_task = task in (None, letter.task, letter.headers.get("task"))
+        if (matching or not ids) and is_of_task and reason in (None, letter.reason):
             found = True
             yield letter
         else:
@@ -98,14 +95,12 @@ def dead_letter_queue(context: click.Context) -> Iterator[tuple[celery.Celery, A
                 except BrokenPipeError:
                     nobody_reads = bool(connection.connected)  # Otherwise RabbitMQ's end is closed
                     raise
-    except TimeoutError as error:
+    except (TimeoutError, AMQPError) as error:
         exit_now(*describe_error(error))
     except (OperationalError, OSError) as error:
         if nobody_reads:  # What is printed
             raise
         exit_now(*describe_failed_connection(app.connection_for_write(), error))
-    except AMQPError as error:
-        exit_now(*describe_error(error))
 
 
 @dead_letters.command("list")

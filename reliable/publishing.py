@@ -42,7 +42,7 @@ def is_secret(app: celery.Celery, name: object) -> bool:
 
 
 def prepare(app: celery.Celery, name: str, options: dict[str, Any]) -> None:
-    """Adapt the options of a publish where they do not suit RabbitMQ."""
+    """Adapt the options of a publish to RabbitMQ's delay queues, and hide the arguments of a secret task."""
     if eta := options.pop("eta", None):
         eta = maybe_make_aware(maybe_iso8601(eta))
         options["countdown"] = subtract_datetimes(eta, app.now()).total_seconds()

@@ -87,7 +87,11 @@ class Program(Executor):
         return False
 
     def start(self) -> Self:
-        """Start the program, and wait until it is ready. Raises AssertionError with its logs."""
+        """Start the program, and wait until it is ready.
+
+        Raises:
+            AssertionError: it ended, or is not ready in time. The text holds its logs.
+        """
         with self.output_file.open("ab") as output:
             self._stdout = self._stderr = output
             try:
@@ -98,7 +102,14 @@ class Program(Executor):
 
 
 class Node(Program):
-    """A RabbitMQ node on free ports of the loopback interface, with its data in a folder of its own."""
+    """A RabbitMQ node on free ports of the loopback interface, with its data in a folder of its own.
+
+    Args:
+        folder: where its data, configuration and logs go.
+        plugins: the file `enabled_plugins`, in Erlang.
+        name: the name of the node.
+        variables: added to its environment.
+    """
 
     def __init__(self, folder: Path, plugins: str = "[].", name: str | None = None, **variables: str) -> None:
         self.port, self.ui_port, self.metrics_port, distribution, epmd = (free_port() for _ in range(5))
@@ -148,7 +159,11 @@ class Node(Program):
         return True
 
     def control(self, *arguments: str) -> str:
-        """Run rabbitmqctl, and return what it prints. Raises AssertionError with its errors."""
+        """Run rabbitmqctl, and return what it prints.
+
+        Raises:
+            AssertionError: it failed. The text holds its errors.
+        """
         command = [rabbitmq_program("rabbitmqctl"), *arguments]
         # On a busy machine rabbitmqctl, like the node, may need more than Erlang's seven seconds to connect
         environment = self.environment | {"RABBITMQ_CTL_ERL_ARGS": "-kernel net_setuptime 60"}
@@ -182,7 +197,11 @@ class Node(Program):
 
 @contextlib.contextmanager
 def run_cluster(folder: Path, plugins: str = "[].") -> Iterator[list[Node]]:
-    """Run three nodes that form a cluster. Raises AssertionError if they do not."""
+    """Run three nodes that form a cluster.
+
+    Raises:
+        AssertionError: they do not.
+    """
     shared = {"HOME": str(folder), "ERL_EPMD_PORT": str(free_port())}  # The cookie is in HOME
     nodes = []
     for number in range(3):

@@ -64,9 +64,8 @@ class RefusesMessages(Consumer):
         limit = ((queue and queue.queue_arguments) or {}).get("x-delivery-limit")
         if not limit:
             return False
-        deliveries, acquisitions = (
-            message.headers.get(f"x-{count}-count", 0) for count in ("delivery", "acquired")
-        )
+        deliveries = message.headers.get("x-delivery-count", 0)
+        acquisitions = message.headers.get("x-acquired-count", 0)
         return bool(deliveries >= limit or acquisitions >= ACQUISITIONS * limit)
 
     def refuse(self, message: Message, error: Exception) -> None:

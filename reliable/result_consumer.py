@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from itertools import takewhile
-from typing import Any
+from typing import Any, NoReturn
 
 from amqp import AMQPError
 from celery.backends.asynchronous import Drainer
@@ -131,7 +131,7 @@ class ResultConsumer(CeleryResultConsumer):
             message.ack(multiple=True)
             self.unacknowledged = 0
 
-    def disconnect(self) -> None:
+    def disconnect(self) -> NoReturn:
         """Drop a connection that failed. Raises TimeoutError."""
         self._connection.collect()
         self._connection = self._consumer = None

@@ -22,7 +22,11 @@ from reliable.rabbitmq_node import Node, Program, clean_environment, run_cluster
 
 
 def until(condition: Callable[[], Any], seconds: float = 30) -> Any:
-    """Wait until a condition holds, and return its value. Raises AssertionError if that takes longer."""
+    """Wait until a condition holds, and return its value.
+
+    Raises:
+        AssertionError: it does not hold within `seconds`.
+    """
     deadline = time.monotonic() + seconds
     while not (value := condition()):
         assert time.monotonic() < deadline, f"not within {seconds} s: {condition}"

@@ -4,7 +4,7 @@ https://docs.celeryq.dev/en/stable/userguide/extending.html#consumer
 """
 
 import math
-from typing import Any
+from typing import Any, NoReturn
 
 from amqp import AccessRefused, NotAllowed, PreconditionFailed
 from celery.exceptions import WorkerShutdown
@@ -150,7 +150,7 @@ class Consumer(AcknowledgesInGroups, RefusesMessages):
                     job._accepted = True
         super().on_close()
 
-    def shut_down(self, error: Exception) -> None:
+    def shut_down(self, error: Exception) -> NoReturn:
         """End the worker, with the reason and a fix in its log."""
         logger.critical("%s\nFix: %s", *describe_error(error))
         raise WorkerShutdown(2) from None

@@ -227,6 +227,8 @@ def test_letters_are_discarded_after_a_question(fresh: str) -> None:
     first = listed(fresh)[0]["id"]
     assert dead_letters(fresh, "discard").returncode == 1  # Nobody says yes
     assert depth(fresh, "dead-letters") == 3
+    with_another_reason = dead_letters(fresh, "discard", "--yes", first, "--reason", "rejected")
+    assert what_is_wrong(with_another_reason) == "None of the 3 dead letters matches"
     assert dead_letters(fresh, "discard", "--yes", first, "no-such-id").stdout == "1 deleted\n"
     assert dead_letters(fresh, "discard", "--yes").stdout == "2 deleted\n"
     assert depth(fresh, "dead-letters") == 0
