@@ -32,10 +32,18 @@ class Mailbox(KombuMailbox):
 
 
 class Control(CeleryControl):
-    """Remote control that survives a dead node of a cluster."""
+    """Remote control that survives a dead node of a cluster, and a lost connection."""
 
     Mailbox = Mailbox
 
     def __init__(self, app: celery.Celery) -> None:
         super().__init__(app)
         self.mailbox.queue_arguments = topology.temporary(app)
+
+    def broadcast(self, *args: Any, **options: Any) -> Any:
+        """Send a command to worker nodes, over a new connection.
+
+        Celery takes one of a pool. After RabbitMQ has closed it, the first command fails.
+        """
+        with self.app.connection_for_write() as connection:
+            return super().broadcast(*args, **{"connection": connection} | options)

@@ -135,6 +135,29 @@ def test_temporary_queues_of_one_node_are_classic(session_node: Node, fresh: str
         caller.communicate("\n", timeout=20)
 
 
+def test_a_program_controls_workers_after_a_lost_connection(
+    session_node: Node, fresh: str, tmp_path: Path
+) -> None:
+    code = (
+        "import sys, tasks\n"
+        "for _ in sys.stdin: print(len(tasks.app.control.ping(limit=1, timeout=10)), flush=True)"
+    )
+    with (
+        Worker("tasks", fresh, tmp_path, "-c1", **PATHS) as worker,
+        start_python("-c", code, CELERY_BROKER_URL=fresh) as program,
+    ):
+        assert program.stdin
+        assert program.stdout
+        for _ in range(2):
+            program.stdin.write("\n")
+            program.stdin.flush()
+            assert program.stdout.readline() == "1\n"
+            session_node.control("close_all_connections", "-p", tmp_path.name, "a test")
+            worker.alive.unlink()
+            until(worker.alive.exists)
+        program.stdin.close()
+
+
 def test_a_worker_waits_for_rabbitmq_for_as_long_as_it_takes(tmp_path: Path) -> None:
     url = f"amqp://127.0.0.1:{free_port()}//"
     log = tmp_path / "worker.log"
