@@ -15,7 +15,7 @@ from typing import Any
 
 from billiard.einfo import ExceptionInfo
 from celery.app.task import Context
-from celery.exceptions import InvalidTaskError, Retry, TimeLimitExceeded
+from celery.exceptions import InvalidTaskError, Retry, TimeLimitExceeded, WorkerLostError
 from celery.utils.log import get_logger
 from celery.worker.request import Request as CeleryRequest
 from kombu.compression import decompress
@@ -140,6 +140,9 @@ class Request(CeleryRequest):
         self.is_over_its_limit = isinstance(error, TimeLimitExceeded)
         if self.is_over_its_limit and not return_ok:  # Its process is killed, and on_timeout comes next
             return
+        if isinstance(error, WorkerLostError):
+            # Celery logs it without the id of the task
+            logger.error("Task %s[%s] lost its process: %r", self.name, self.id, error)
         with self.reporting_first(), contextlib.suppress(MemoryError):
             if isinstance(error, MemoryError):
                 self.reject(requeue=False)

@@ -147,7 +147,7 @@ def test_a_poison_among_innocents_is_the_only_dead_letter(
         "print(type(poison.get(timeout=60, propagate=False)).__name__)"
     )
     with (
-        workers(1, fresh, tmp_path, prefetch),
+        workers(1, fresh, tmp_path, prefetch) as (worker,),
         start_python("-c", code, CELERY_BROKER_URL=fresh, **ledger(tmp_path)) as caller,
     ):
         # When one of 201 tasks kills each process that runs it
@@ -157,6 +157,8 @@ def test_a_poison_among_innocents_is_the_only_dead_letter(
         (letter,) = take(fresh, "dead-letters")
         assert letter.headers["task"] == "tasks.print_label"
         assert depth(fresh, "dead-letters") == 0
+        # And the log names it, each time
+        assert worker.log.read_text().count(f"{letter.headers['id']}] lost its process") == 4
 
 
 def test_a_task_that_kills_its_whole_worker_ends_and_its_caller_is_told(fresh: str, tmp_path: Path) -> None:
