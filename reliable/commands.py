@@ -13,6 +13,7 @@ from kombu.exceptions import OperationalError
 
 from reliable.dead_letters import DeadLetter, Stuck, read, requeueing_channel, shorten
 from reliable.errors import describe_error, describe_failed_connection, exit_now
+from reliable.topology import DEAD_LETTERS
 
 #: One line of the list, for a terminal of 80 columns. The name of a task is whole, since `--task` needs it.
 LINE = "{task:<26} {id:<8.8} {arguments:<20} {reason:<9.9} {count:>5} {age:>7}"
@@ -88,8 +89,8 @@ def dead_letter_queue(context: click.Context) -> Iterator[tuple[celery.Celery, A
         app.loader.import_default_modules()
         with app.connection_for_write() as connection:
             connection.ensure_connection(max_retries=1, interval_start=0)
-            app.declare_topology_once()
             with requeueing_channel(connection) as channel:
+                DEAD_LETTERS(channel).queue_declare(passive=True)  # Declare nothing where no worker has run
                 try:
                     yield app, channel
                 except BrokenPipeError:
@@ -145,6 +146,7 @@ def replay(context: click.Context, ids: tuple[str, ...], task: str | None, reaso
     published, stuck = 0, []
     try:
         with dead_letter_queue(context) as (app, channel):
+            app.declare_topology_once()
             for letter in select(read(app, channel, "Publishing again"), ids, task, reason):
                 try:
                     letter.replay()

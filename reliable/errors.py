@@ -17,6 +17,7 @@ FIX_LOGIN = (
     "correct the user, password and virtual host in CELERY_BROKER_URL or .env; "
     "rabbitmqctl set_permissions grants rights"
 )
+FIX_MISSING = "correct the virtual host in CELERY_BROKER_URL or .env; the first worker declares what it needs"
 FIX_ARGUMENTS = (
     "delete it once rabbitmqctl list_queues shows 0 messages: celery -A APP amqp queue.delete NAME "
     "(an exchange: celery -A APP amqp exchange.delete NAME no)"
@@ -27,7 +28,8 @@ MEANINGS: list[tuple[type[Exception], str, str]] = [
     (ImproperlyConfigured, "A setting is wrong", "correct .env as .env.example shows"),
     (ImportError, "A setting is wrong", "correct .env as .env.example shows"),
     (PreconditionFailed, "RabbitMQ has this queue or exchange with other arguments", FIX_ARGUMENTS),
-    (AccessRefused, "RabbitMQ refuses this user or password", FIX_LOGIN),
+    (NotFound, "RabbitMQ has no such queue or exchange", FIX_MISSING),
+    (AccessRefused, "RabbitMQ refuses this user, its password or its rights", FIX_LOGIN),
     (NotAllowed, "RabbitMQ does not let this user into the virtual host", FIX_LOGIN),
     (AMQPError, "RabbitMQ reports an error", CHECK_RABBITMQ),
     (TimeoutError, "RabbitMQ does not answer", "check its memory and disk space with rabbitmqctl status"),

@@ -187,7 +187,8 @@ def test_a_port_that_never_answers() -> None:
 
 def test_a_wrong_password_and_a_wrong_virtual_host(rabbitmq: str) -> None:
     wrong_password = rabbitmq.replace("guest:guest@", "guest:secret@")
-    assert "refuses this user or password" in what_is_wrong(drive("hello", CELERY_BROKER_URL=wrong_password))
+    refused = what_is_wrong(drive("hello", CELERY_BROKER_URL=wrong_password))
+    assert "refuses this user, its password or its rights" in refused
     wrong_host = rabbitmq.removesuffix("/") + "no-such-vhost"
     assert "no-such-vhost" in what_is_wrong(drive("hello", CELERY_BROKER_URL=wrong_host))
     # And a worker ends, with the same words
@@ -365,7 +366,9 @@ def test_a_user_who_may_not_declare(session_node: Node) -> None:
     session_node.control("add_user", "reader", "secret")
     session_node.control("set_permissions", "reader", "^$", ".*", ".*")
     url = session_node.url.replace("guest:guest", "reader:secret")
-    assert "ACCESS_REFUSED" in what_is_wrong(drive("hello", CELERY_BROKER_URL=url))
+    assert "refuses this user, its password or its rights: Exchange.declare" in what_is_wrong(
+        drive("hello", CELERY_BROKER_URL=url)
+    )
 
 
 # --- What makes a worker quick ------------------------------------------------------------------
