@@ -3,6 +3,7 @@
 https://docs.celeryq.dev/en/stable/userguide/extending.html#consumer
 """
 
+import contextlib
 import math
 from typing import Any, NoReturn
 
@@ -61,19 +62,28 @@ class Consumer(AcknowledgesInGroups, RefusesMessages):
     def warn_of_long_tasks(self) -> None:
         """Warn if RabbitMQ may deliver a task again while it still runs."""
         limit = self.controller.time_limit
-        tasks = f"the time limit of {limit} s" if limit else "tasks without a time limit"
-        for name, queue in self.app.amqp.queues.consume_from.items():
-            is_broadcast = queue.exchange.type == "fanout"
-            arguments = queue.queue_arguments or {}
-            timeout = arguments.get("x-consumer-timeout", topology.CONSUMER_TIMEOUT)
-            if not is_broadcast and timeout < topology.consumer_timeout(limit or math.inf):
-                logger.warning(
-                    "RabbitMQ delivers a task of the queue %s again after %d s, which is too soon for %s. "
-                    "See the argument time_limit of work_queue()",
-                    name,
-                    timeout / 1000,
-                    tasks,
-                )
+        which = f"the time limit of {limit} s" if limit else "tasks without a time limit"
+        for queue in self.app.amqp.queues.consume_from.values():
+            self.warn_if_too_long(queue, limit or math.inf, which)
+        for task in self.app.tasks.values():
+            own_queue = {"queue": task.queue} if getattr(task, "queue", None) else {}
+            with contextlib.suppress(Exception):  # A route may be a function that needs arguments
+                queue = self.app.amqp.router.route(own_queue, task.name)["queue"]
+                which = f"the time limit of {task.time_limit} s of {task.name}"
+                self.warn_if_too_long(queue, task.time_limit or 0, which)
+
+    def warn_if_too_long(self, queue: Queue, limit: float, which: str) -> None:
+        """Warn if a time limit, in seconds, is too long for a queue of this worker."""
+        is_consumed = queue.name in self.app.amqp.queues.consume_from and queue.exchange.type != "fanout"
+        timeout = (queue.queue_arguments or {}).get("x-consumer-timeout", topology.CONSUMER_TIMEOUT)
+        if is_consumed and timeout < topology.consumer_timeout(limit):
+            logger.warning(
+                "RabbitMQ delivers a task of the queue %s again after %d s, which is too soon for %s. "
+                "See the argument time_limit of work_queue()",
+                queue.name,
+                timeout / 1000,
+                which,
+            )
 
     @property
     def max_prefetch_count(self) -> int:

@@ -14,6 +14,11 @@ app.conf.task_queues = [work_queue("default"), work_queue("long", time_limit=20)
 app.conf.task_routes = {"apps.long.render": {"queue": "long"}}
 
 
+@app.task(time_limit=5000)
+def rehearse() -> None:
+    """Take too long for the queue that it is sent to."""
+
+
 @app.task(time_limit=20)
 def render(seconds: float) -> str:
     """Render a film, simulated by sleeping."""

@@ -2,17 +2,14 @@
 
 import importlib.resources
 import re
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from urllib.error import URLError
-from urllib.request import urlopen
 
 import pytest
 from playwright.sync_api import Locator, Page, expect
-from programs import PATHS, PROJECT, celery, drive
+from programs import PATHS, PROJECT, WebServer, celery, drive
 
-from reliable.rabbitmq_node import Node, Program, clean_environment, free_port, run_cluster
+from reliable.rabbitmq_node import Node, run_cluster
 from reliable.testing import Worker, until
 
 LESSONS = ("hello", "parallel", "retries", "crash")
@@ -25,34 +22,15 @@ def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Node]]:
         yield nodes
 
 
-class Flower(Program):
-    """Flower, as the README starts it."""
-
-    def __init__(self, url: str, folder: Path) -> None:
-        self.port = free_port()
-        command = [sys.executable, "-m", "celery", "-A", "tasks", "flower", "--address=127.0.0.1"]
-        super().__init__(
-            [*command, f"--port={self.port}"],
-            folder / "flower.log",
-            cwd=str(PROJECT),
-            envvars=clean_environment(CELERY_BROKER_URL=url),
-            timeout=30,
-        )
-
-    def after_start_check(self) -> bool:
-        """Tell whether it serves pages."""
-        try:
-            with urlopen(f"http://127.0.0.1:{self.port}/healthcheck") as answer:
-                return bool(answer.status == 200)
-        except (URLError, ConnectionError):
-            return False
-
-
 @pytest.fixture(scope="module")
-def flower(nodes: list[Node], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Flower]:
+def flower(nodes: list[Node], tmp_path_factory: pytest.TempPathFactory) -> Iterator[WebServer]:
     """Run a worker, Flower and some lessons; one more task fails and becomes a dead letter."""
     url, folder = nodes[0].url, tmp_path_factory.mktemp("flower")
-    with Worker("tasks", url, folder, "-c8", **PATHS), Flower(url, folder) as flower:
+    command = "-m celery -A tasks flower --address=127.0.0.1 --port=PORT"
+    with (
+        Worker("tasks", url, folder, "-c8", **PATHS),
+        WebServer(folder, command, "healthcheck", CELERY_BROKER_URL=url) as flower,
+    ):
         assert (
             "1 node online" in celery(url, "control", "enable_events").stdout + celery(url, "status").stdout
         )
@@ -62,7 +40,7 @@ def flower(nodes: list[Node], tmp_path_factory: pytest.TempPathFactory) -> Itera
 
 
 def test_flower_shows_the_workers_and_their_tasks(
-    flower: Flower, page: Page, picture: Callable[[str], Path]
+    flower: WebServer, page: Page, picture: Callable[[str], Path]
 ) -> None:
     page.set_viewport_size({"width": 1320, "height": 560})  # Wide enough for the whole table
     page.goto(f"http://127.0.0.1:{flower.port}/workers")
@@ -84,7 +62,7 @@ def photograph(table: Locator, path: Path) -> None:
 
 
 def test_the_management_ui_shows_queues_dead_letters_and_nodes(
-    flower: Flower, nodes: list[Node], page: Page, picture: Callable[[str], Path]
+    flower: WebServer, nodes: list[Node], page: Page, picture: Callable[[str], Path]
 ) -> None:
     ui = f"http://127.0.0.1:{nodes[1].ui_port}/"
     page.goto(ui)

@@ -9,7 +9,7 @@ from pathlib import Path
 from urllib.request import urlopen
 
 import pytest
-from programs import PATHS, PROJECT
+from programs import PATHS, PROJECT, WebServer
 
 from reliable.rabbitmq_node import Node, Program, free_port
 from reliable.testing import Worker, until
@@ -29,10 +29,11 @@ def program(name: str) -> str:
 class Prometheus(Program):
     """Prometheus with the files of the project, on a RabbitMQ of the test, and in a hurry."""
 
-    def __init__(self, node: Node, folder: Path) -> None:
+    def __init__(self, node: Node, folder: Path, flower_port: int = 0) -> None:
         self.port = free_port()
         configuration = (MONITORING / "prometheus.yml").read_text().replace("15s", "1s")
         configuration = configuration.replace("rabbitmq:15692", f"127.0.0.1:{node.metrics_port}")
+        configuration = configuration.replace("flower:5555", f"127.0.0.1:{flower_port}")
         rules = re.sub(r"for: \d+m", "for: 1s", (MONITORING / "alerts.yml").read_text())
         (folder / "prometheus.yml").write_text(configuration)
         (folder / "alerts.yml").write_text(rules)
@@ -91,3 +92,22 @@ def test_an_alert_fires_when_the_worker_is_gone(tmp_path: Path) -> None:
             until(lambda: both <= prometheus.firing())
             with worker:
                 until(lambda: not both & prometheus.firing())
+
+
+def test_an_alert_fires_when_the_only_worker_was_killed(tmp_path: Path) -> None:
+    # Given Flower as Docker Compose starts it, which has seen a worker
+    compose = (PROJECT / "docker-compose.yml").read_text()
+    (options,) = re.findall(r"command: celery -A tasks flower --address=0.0.0.0 (.*) #", compose)
+    command = f"-m celery -A tasks flower --address=127.0.0.1 --port=PORT {options}"
+    with (
+        Node(tmp_path, "[rabbitmq_prometheus].") as node,
+        WebServer(tmp_path, command, "healthcheck", CELERY_BROKER_URL=node.url) as flower,
+        Prometheus(node, tmp_path, flower.port) as prometheus,
+    ):
+        worker = Worker("tasks", node.url, tmp_path, "-c1", **PATHS).start()
+        until(lambda: "flower_worker_online" in flower.get("metrics"))
+        until(lambda: ("NoWorker", "") not in prometheus.firing())
+        # When the worker dies, and cannot say so
+        worker.kill()
+        # Then Flower forgets it
+        until(lambda: ("NoWorker", "") in prometheus.firing(), 90)

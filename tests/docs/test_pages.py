@@ -180,12 +180,15 @@ EXAMPLES = [(page.name, example) for page in PAGES for example in Document.parse
 
 @contextlib.contextmanager
 def open_shell(folder: Path) -> Iterator[Shell]:
-    """Open the first shell of a page's reader, beside a RabbitMQ that nobody has used."""
+    """Open the first shell of a page's reader, beside a RabbitMQ of its own."""
     (folder / "node").mkdir()
     with Node(folder / "node") as node:
         shell = Shell(folder / "a clean copy", node)
         if not folder.name.startswith("README"):  # Whose commands make it
             (shell.folder / ".venv").symlink_to(sys.prefix)
+            shell.type(
+                "python -c 'import tasks; tasks.app.declare_topology_once()'"
+            )  # A worker has run there
         yield shell
         shell.stop(*shell.others)
         shell.first.kill()
