@@ -3,6 +3,7 @@
 https://docs.celeryq.dev/en/stable/userguide/workers.html#remote-control
 """
 
+import contextlib
 from typing import Any
 
 import celery
@@ -40,10 +41,17 @@ class Control(CeleryControl):
         super().__init__(app)
         self.mailbox.queue_arguments = topology.temporary(app)
 
-    def broadcast(self, *args: Any, **options: Any) -> Any:
+    def broadcast(
+        self,
+        command: str,
+        arguments: Any = None,
+        destination: Any = None,
+        connection: Any = None,
+        **options: Any,
+    ) -> Any:
         """Send a command to worker nodes, over a new connection.
 
         Celery takes one of a pool. After RabbitMQ has closed it, the first command fails.
         """
-        with self.app.connection_for_write() as connection:
-            return super().broadcast(*args, **{"connection": connection} | options)
+        with contextlib.nullcontext(connection) if connection else self.app.connection_for_write() as used:
+            return super().broadcast(command, arguments, destination, used, **options)

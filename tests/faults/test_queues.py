@@ -145,7 +145,8 @@ def test_a_program_controls_workers_after_a_lost_connection(
 ) -> None:
     code = (
         "import sys, tasks\n"
-        "for _ in sys.stdin: print(len(tasks.app.control.ping(limit=1, timeout=10)), flush=True)"
+        "inspect = tasks.app.control.inspect(limit=1, timeout=10)\n"
+        "for _ in sys.stdin: print(len(inspect.ping()), flush=True)"
     )
     with (
         Worker("tasks", fresh, tmp_path, "-c1", **PATHS) as worker,
