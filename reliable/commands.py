@@ -84,6 +84,8 @@ def dead_letter_queue(context: click.Context) -> Iterator[tuple[celery.Celery, A
         exit_now(
             "This command needs an app of reliable.Celery", "name it after -A: celery -A APP dead-letters …"
         )
+    if app.conf.broker_url == "memory://":
+        exit_now("Dead letters need RabbitMQ", "name one in CELERY_BROKER_URL or .env")
     nobody_reads = False
     try:
         app.loader.import_default_modules()

@@ -140,7 +140,8 @@ class Request(CeleryRequest):
         self.is_over_its_limit = isinstance(error, TimeLimitExceeded)
         if self.is_over_its_limit and not return_ok:  # Its process is killed, and on_timeout comes next
             return
-        if isinstance(error, WorkerLostError):
+        is_lost = isinstance(error, (WorkerLostError, SystemExit, KeyboardInterrupt))
+        if is_lost and not (self._already_cancelled or self._already_revoked):
             # Celery logs it without the id of the task
             logger.error("Task %s[%s] lost its process: %r", self.name, self.id, error)
         with self.reporting_first(), contextlib.suppress(MemoryError):

@@ -57,6 +57,8 @@ def describe_error(error: Exception) -> tuple[str, str]:
     text = " ".join(str(error).split())
     if "message size" in text:
         return f"The message is too large: {text}", "send less in one message, or raise max_message_size"
+    if "is down" in text:
+        return f"A RabbitMQ node is down: {text}", CHECK_RABBITMQ
     if "invalid arg" in text:
         fix = "remove it from the queue; x-max-priority may come from the setting task_queue_max_priority"
         return f"This kind of queue does not support the argument: {text}", fix

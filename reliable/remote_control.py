@@ -47,11 +47,14 @@ class Control(CeleryControl):
         arguments: Any = None,
         destination: Any = None,
         connection: Any = None,
+        reply: bool = False,
+        *args: Any,
         **options: Any,
     ) -> Any:
-        """Send a command to worker nodes, over a new connection.
+        """Send a command to worker nodes, and receive their replies over a new connection.
 
         Celery takes one of a pool. After RabbitMQ has closed it, the first command fails.
         """
-        with contextlib.nullcontext(connection) if connection else self.app.connection_for_write() as used:
-            return super().broadcast(command, arguments, destination, used, **options)
+        is_given = connection or not reply
+        with contextlib.nullcontext(connection) if is_given else self.app.connection_for_write() as used:
+            return super().broadcast(command, arguments, destination, used, reply, *args, **options)

@@ -3,15 +3,16 @@
 https://docs.celeryq.dev/en/stable/userguide/extending.html#consumer
 """
 
-import contextlib
 import math
 from typing import Any, NoReturn
 
+import celery
 from amqp import AccessRefused, NotAllowed, PreconditionFailed
 from celery.exceptions import WorkerShutdown
 from celery.utils.log import get_logger
 from celery.worker.consumer import Consumer as CeleryConsumer
 from kombu import Connection, Queue
+from kombu.common import ignore_errors
 from kombu.utils.imports import symbol_by_name
 
 from reliable import topology
@@ -61,29 +62,37 @@ class Consumer(AcknowledgesInGroups, RefusesMessages):
 
     def warn_of_long_tasks(self) -> None:
         """Warn if RabbitMQ may deliver a task again while it still runs."""
-        limit = self.controller.time_limit
-        which = f"the time limit of {limit} s" if limit else "tasks without a time limit"
-        for queue in self.app.amqp.queues.consume_from.values():
-            self.warn_if_too_long(queue, limit or math.inf, which)
+        usual = self.app.conf.task_time_limit or self.controller.time_limit or math.inf
+        queues = self.app.amqp.queues.consume_from
+        longest: dict[str, tuple[float, str]] = dict.fromkeys(queues, (usual, ""))
         for task in self.app.tasks.values():
-            own_queue = {"queue": task.queue} if getattr(task, "queue", None) else {}
-            with contextlib.suppress(Exception):  # A route may be a function that needs arguments
-                queue = self.app.amqp.router.route(own_queue, task.name)["queue"]
-                which = f"the time limit of {task.time_limit} s of {task.name}"
-                self.warn_if_too_long(queue, task.time_limit or 0, which)
-
-    def warn_if_too_long(self, queue: Queue, limit: float, which: str) -> None:
-        """Warn if a time limit, in seconds, is too long for a queue of this worker."""
-        is_consumed = queue.name in self.app.amqp.queues.consume_from and queue.exchange.type != "fanout"
-        timeout = (queue.queue_arguments or {}).get("x-consumer-timeout", topology.CONSUMER_TIMEOUT)
-        if is_consumed and timeout < topology.consumer_timeout(limit):
-            logger.warning(
-                "RabbitMQ delivers a task of the queue %s again after %d s, which is too soon for %s. "
-                "See the argument time_limit of work_queue()",
-                queue.name,
-                timeout / 1000,
-                which,
+            if (task.time_limit or 0) > usual and (name := self.queue_name(task)) in queues:
+                longest[name] = max(longest[name], (task.time_limit, f" of {task.name}"))
+        for name, (limit, of_task) in longest.items():
+            is_broadcast = queues[name].exchange.type == "fanout"
+            arguments = queues[name].queue_arguments or {}
+            timeout = arguments.get("x-consumer-timeout", topology.CONSUMER_TIMEOUT)
+            which = (
+                f"the time limit of {limit:g} s{of_task}"
+                if limit < math.inf
+                else "tasks without a time limit"
             )
+            if not is_broadcast and timeout < topology.consumer_timeout(limit):
+                logger.warning(
+                    "RabbitMQ delivers a task of the queue %s again after %d s, which is too soon for %s. "
+                    "See the argument time_limit of work_queue()",
+                    name,
+                    timeout / 1000,
+                    which,
+                )
+
+    def queue_name(self, task: celery.Task) -> str:
+        """Return the name of the queue that a task goes to by default, or "" if its route needs a call."""
+        options = {"queue": task.queue} if getattr(task, "queue", None) else {}
+        try:
+            return str(self.app.amqp.router.route(options, task.name, (), {}, task)["queue"].name)
+        except Exception:  # noqa: BLE001  (a route may be a function of the project)
+            return ""
 
     @property
     def max_prefetch_count(self) -> int:
@@ -124,9 +133,12 @@ class Consumer(AcknowledgesInGroups, RefusesMessages):
             celery.exceptions.WorkerShutdown: RabbitMQ refused something that only an operator can fix.
         """
         try:
-            # Known to the consumer at once, which closes it if a declaration fails
-            connection = self.connection = super().connect()
-            missing = topology.declare(self.app, connection)
+            connection = super().connect()
+            try:
+                missing = topology.declare(self.app, connection)
+            except Exception:  # Celery knows of the connection only when this method returns it
+                ignore_errors(connection, connection.close)
+                raise
         except PreconditionFailed as error:
             self.shut_down(error)
         except (AccessRefused, NotAllowed) as error:

@@ -104,8 +104,9 @@ def test_an_alert_fires_when_the_only_worker_was_killed(tmp_path: Path) -> None:
         WebServer(tmp_path, command, "healthcheck", CELERY_BROKER_URL=node.url) as flower,
         Prometheus(node, tmp_path, flower.port) as prometheus,
     ):
+        until(lambda: ("NoWorker", "") in prometheus.firing())
         worker = Worker("tasks", node.url, tmp_path, "-c1", **PATHS).start()
-        until(lambda: "flower_worker_online" in flower.get("metrics"))
+        until(lambda: "flower_worker_online{" in flower.get("metrics"))
         until(lambda: ("NoWorker", "") not in prometheus.firing())
         # When the worker dies, and cannot say so
         worker.kill()

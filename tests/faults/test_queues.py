@@ -32,25 +32,38 @@ def test_a_long_task_runs_once_on_a_queue_with_a_longer_time_out(tmp_path: Path)
 
 
 @pytest.mark.parametrize(
-    ("app", "limit", "warning"),
+    ("app", "limit", "warnings"),
     [
-        ("tasks", "1800", "queue default again after 1800 s, which is too soon for the time limit of 1800"),
-        ("tasks", "0", "queue default again after 1800 s, which is too soon for tasks without a time limit"),
-        ("apps.long", "100", "queue long again after 160 s, which is too soon for the time limit of 100"),
+        (
+            "tasks",
+            1800,
+            ["default again after 1800 s, which is too soon for the time limit of 1800 s. ", "priority"],
+        ),
+        (
+            "tasks",
+            0,
+            ["default again after 1800 s, which is too soon for tasks without a time limit. ", "priority"],
+        ),
         (
             "apps.long",
-            "20",
-            "default again after 1800 s, which is too soon for the time limit of 5000 s of apps",
+            100,
+            ["default", "long again after 160 s, which is too soon for the time limit of 100 s. "],
+        ),
+        (
+            "apps.long",
+            20,
+            ["default again after 1800 s, which is too soon for the time limit of 5000 s of apps.long"],
         ),
     ],
     ids=["too long", "none", "longer than that of the queue", "of one task"],
 )
 def test_a_worker_warns_of_a_time_limit_that_rabbitmq_does_not_have(
-    app: str, limit: str, warning: str, fresh: str, tmp_path: Path
+    app: str, limit: int, warnings: list[str], fresh: str, tmp_path: Path
 ) -> None:
-    with Worker(app, fresh, tmp_path, "-c1", "--time-limit", limit, **PATHS) as worker:
-        assert warning in worker.log.read_text()
-        assert worker.log.read_text().count("which is too soon") == (1 if limit == "20" else 2)
+    with Worker(app, fresh, tmp_path, "-c1", f"task_time_limit={limit}", **PATHS) as worker:
+        warned = re.findall(r"a task of the queue (.*)", worker.log.read_text())
+        assert len(warned) == len(warnings)
+        assert [line[: len(part)] for line, part in zip(sorted(warned), warnings, strict=True)] == warnings
 
 
 def test_a_task_that_hangs_in_a_pool_without_time_limits_ends(tmp_path: Path) -> None:

@@ -72,6 +72,7 @@ NEEDED: list[tuple[str, Any, str, str]] = [
         "make JSON of an error, and an error of JSON",
     ),
     ("delivery", Request, "_already_cancelled", "keeps a cancelled task from being reported as revoked"),
+    ("delivery", Request, "_already_revoked", "tells that the worker itself has killed the process"),
     ("delivery", Request, "request_dict time_limits", "are what the message contains"),
     ("delivery", Request, "_argsrepr _kwargsrepr", "are what events show of the arguments"),
     ("delivery", Request, "on_success on_timeout", "are called with the outcome of a task"),
