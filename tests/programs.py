@@ -46,6 +46,11 @@ def celery(url: str, *arguments: str, app: str = "tasks") -> "subprocess.Complet
     return python("-m", "celery", "-A", app, *arguments, CELERY_BROKER_URL=url)
 
 
+def declare_queues(url: str) -> None:
+    """Declare the queues of the shop, as the first worker does."""
+    python("-c", "import tasks; tasks.app.declare_topology_once()", CELERY_BROKER_URL=url).check_returncode()
+
+
 def drive(*arguments: str, **variables: str) -> "subprocess.CompletedProcess[str]":
     """Run the driver to its end, as a user does."""
     return python("run_tasks.py", *arguments, **variables)

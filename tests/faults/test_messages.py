@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from kombu import Connection, Exchange, Queue
-from programs import PATHS, celery, python, start_python
+from programs import PATHS, celery, declare_queues, python, start_python
 
 from reliable.rabbitmq_node import Node
 from reliable.testing import Worker, depth, take, until
@@ -623,7 +623,7 @@ def test_persistent_results_survive_a_restart_of_rabbitmq(
 
 def test_dead_letters_that_were_looked_at_survive_a_restart_of_rabbitmq(node: Node) -> None:
     # Given fifty dead letters, of which ten are discarded after somebody has looked at all
-    celery(node.url, "dead-letters", "list").check_returncode()  # Declares the queue
+    declare_queues(node.url)
     with Connection(node.url) as connection:
         producer: Any = connection.Producer(exchange=Exchange("dead-letters", "fanout"))
         for number in range(50):
@@ -642,7 +642,7 @@ def test_dead_letters_that_were_looked_at_survive_a_restart_of_rabbitmq(node: No
 
 def test_a_replay_that_is_cut_off_tells_why(fresh: str) -> None:
     # Given a dead letter
-    celery(fresh, "dead-letters", "list").check_returncode()  # Declares the queue
+    declare_queues(fresh)
     with Connection(fresh) as connection:
         producer: Any = connection.Producer(exchange=Exchange("dead-letters", "fanout"))
         death = {"queue": "default", "reason": "rejected"}

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from kombu import Connection
-from programs import PATHS, celery, python, start_python
+from programs import PATHS, celery, declare_queues, python, start_python
 
 from reliable.rabbitmq_node import Node, free_port
 from reliable.testing import Worker, depth, take, until
@@ -118,7 +118,7 @@ def test_a_message_is_refused_while_unrouted_is_full(fresh: str, session_node: N
 @pytest.mark.parametrize("name", ["dead-letters", "unrouted"])
 def test_a_message_that_is_kept_may_be_returned_often(name: str, fresh: str, tmp_path: Path) -> None:
     # Given a dead letter, or a message that no binding matches
-    python("-c", "import tasks; tasks.app.declare_topology_once()", CELERY_BROKER_URL=fresh)
+    declare_queues(fresh)
     with Connection(fresh) as connection:
         connection.Producer().publish("keep me", routing_key=name)
     # When it comes back to its queue more often than the default delivery limit of RabbitMQ 4, which is 20

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from kombu import Connection, Exchange
-from programs import PATHS, celery, python, start_python, what_is_wrong
+from programs import PATHS, celery, declare_queues, python, start_python, what_is_wrong
 
 from reliable.rabbitmq_node import Node
 from reliable.testing import Worker, depth, take, until
@@ -22,11 +22,6 @@ PUBLISH_LARGE = (
     "import tasks\n"
     "tasks.app.publish_in_bulk(tasks.count_words.s('x' * 10_000).set(expires=0.001) for _ in range(3000))\n"
 )
-
-
-def declare_queues(url: str) -> None:
-    """Declare the queues, as the first worker does."""
-    python("-c", "import tasks; tasks.app.declare_topology_once()", CELERY_BROKER_URL=url).check_returncode()
 
 
 def expire(url: str, number: int, program: str = PUBLISH_EXPIRED) -> None:

@@ -57,7 +57,8 @@ def test_an_app_that_sets_a_transport_option_keeps_the_others() -> None:
     assert not app.connection_for_write().transport_options["confirm_publish"]
 
 
-def test_a_queue_is_out_of_reach_if_no_node_answers() -> None:
+def test_a_queue_is_out_of_reach_if_no_node_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CELERY_BROKER_URL", raising=False)
     app = Celery("one", broker=f"amqp://127.0.0.1:{free_port()}//", set_as_current=False)
     assert not topology.declare_if_reachable(app, work_queue("default"))
 
