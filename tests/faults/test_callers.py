@@ -280,7 +280,7 @@ from tasks import add, send_email
 def ask(): return [add.delay(number, 1).get(timeout=20) for number in range(40)]
 
 async def main():
-    waiting = asyncio.create_task(aget(send_email.delay("Ada", 3), timeout=20))
+    waiting = asyncio.create_task(aget(send_email.delay("Ada", 8), timeout=20))
     await asyncio.sleep(0.2)
     print(sum(await asyncio.to_thread(ask)), waiting.done(), await waiting)
 

@@ -118,10 +118,11 @@ def test_a_compressed_task_is_replayed_as_it_is(fresh: str, tmp_path: Path) -> N
     with Worker("tasks", fresh, tmp_path, "-c1", **PATHS):
         code = (
             "import subprocess, sys, tasks, time\n"
+            "from reliable.dead_letters import wait_for\n"
             "result = tasks.ship.apply_async(('lamp', time.time() + 2), compression='zlib')\n"
             "try: result.get(timeout=20)\n"
             "except tasks.OutOfStockError: result.forget()\n"
-            "time.sleep(2)\n"
+            "with wait_for(tasks.app, result.id): time.sleep(2)\n"
             "replay = ['-m', 'celery', '-A', 'tasks', 'dead-letters', 'replay', result.id]\n"
             "subprocess.run([sys.executable, *replay], check=True)\n"
             "print(tasks.app.AsyncResult(result.id).get(timeout=20))"
