@@ -13,7 +13,7 @@ from functools import cache, partial
 from pathlib import Path
 
 import pytest
-from programs import PROJECT
+from programs import PROJECT, declare_queues
 from sybil.document import Document
 from sybil.example import Example
 from sybil.parsers.markdown import CodeBlockParser, SkipParser
@@ -186,9 +186,7 @@ def open_shell(folder: Path) -> Iterator[Shell]:
         shell = Shell(folder / "a clean copy", node)
         if not folder.name.startswith("README"):  # Whose commands make it
             (shell.folder / ".venv").symlink_to(sys.prefix)
-            shell.type(
-                "python -c 'import tasks; tasks.app.declare_topology_once()'"
-            )  # A worker has run there
+            declare_queues(node.url)
         yield shell
         shell.stop(*shell.others)
         shell.first.kill()
